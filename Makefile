@@ -1,0 +1,52 @@
+# make help lists the targets. Without network all of them work or say in one line what they lack.
+
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+DEMO_HOST ?=
+BIG       ?=
+
+tool := go tool -modfile=tools/go.mod
+
+.PHONY: help build demo test lint cross-vet proto proto-check clean
+
+help:
+	@echo 'make build        bin/muxproxy and bin/muxproxyd, static'
+	@echo 'make demo         build, then measure what sharing gives; DEMO_HOST=HOST for a host of yours'
+	@echo 'make test         all tests, with the race detector; BIG=1 adds copies of 256 MiB without it'
+	@echo 'make lint         gofmt, go vet (linux, darwin, windows), staticcheck, govulncheck'
+	@echo 'make proto        generate the code of the .proto files (needs protoc)'
+	@echo 'make proto-check  fail if that would change anything'
+	@echo 'make clean        remove bin'
+
+build:
+	CGO_ENABLED=0 go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/muxproxy ./cmd/muxproxyd
+
+demo: build
+	bin/muxproxy demo $(DEMO_HOST)
+
+# The race detector needs a C compiler. DEMO_HOST and the like never reach the tests: they use loopback only.
+test:
+	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
+		nc:netcat-openbsd ps:procps
+	go test -race -timeout 10m ./...
+ifneq ($(BIG),)
+	E2E_BIG=1 go test -timeout 10m -count=1 ./e2e
+endif
+
+lint: cross-vet
+	@unformatted=$$(gofmt -l *.go core cmd e2e); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
+	go vet ./...
+	$(tool) staticcheck ./...
+	@tools/vulncheck.sh
+
+cross-vet:
+	CGO_ENABLED=0 GOOS=darwin go vet ./...
+	CGO_ENABLED=0 GOOS=windows go vet ./...
+
+proto:
+	tools/protoc.sh
+
+proto-check:
+	tools/protoc.sh --check
+
+clean:
+	rm -rf bin

@@ -1,0 +1,151 @@
+// Command muxproxyd is the master of muxproxy, and all commands. People type `muxproxy COMMAND`, which runs this.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/muxproxy/muxproxy/core/bridge"
+	"github.com/muxproxy/muxproxy/core/control"
+	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// Exit statuses of every command.
+const (
+	exitYes    = 0
+	exitNo     = 1
+	exitUsage  = 2
+	exitFailed = 255
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	os.Exit(run(ctx, &app{stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv, now: time.Now}, os.Args[1:]))
+}
+
+// app is what commands get of the world around them.
+type app struct {
+	stdout, stderr io.Writer
+	getenv         func(string) string
+	now            func() time.Time
+}
+
+// statusError is an error that ends the program with a status of its own. Every other one ends it with exitFailed.
+type statusError struct {
+	status int
+	err    error // nil: everything is said
+}
+
+func (e *statusError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit status %d", e.status)
+	}
+	return e.err.Error()
+}
+
+func (e *statusError) Unwrap() error { return e.err }
+
+// no is the error of a question whose answer is no.
+func no(format string, args ...any) error {
+	return &statusError{exitNo, fmt.Errorf(format, args...)}
+}
+
+// run is the program: it returns the exit status. All errors are printed here, as one line.
+func run(ctx context.Context, a *app, args []string) int {
+	root := newRoot(a)
+	root.SetArgs(append([]string{}, args...)) // for nil, cobra takes os.Args
+	running := false                          // errors before that are about the command line
+	root.PersistentPreRun = func(*cobra.Command, []string) { running = true }
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitYes
+	}
+	status := exitFailed
+	var own *statusError
+	switch {
+	case errors.As(err, &own):
+		if status = own.status; own.err == nil {
+			return status
+		}
+	case !running:
+		status = exitUsage
+		err = fmt.Errorf("%w; see `%s --help`", err, cmd.CommandPath())
+	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
+		err = errors.New("interrupted")
+	}
+	fmt.Fprintf(a.stderr, "muxproxy: %s\n", use.Printable(err.Error()))
+	return status
+}
+
+func newRoot(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "muxproxy",
+		Short: "shares SSH connections between ssh, scp, sftp, rsync, git and everything else that runs ssh",
+		Long: `muxproxy shares SSH connections between ssh, scp, sftp, rsync, git and whatever
+else runs ssh.
+
+ssh itself starts it as ProxyCommand; see the README for the lines that
+~/.ssh/config needs. MUXPROXY_BYPASS=1 in the environment goes without it.`,
+		Example:       "  muxproxy status\n  muxproxy close db.example.com",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				cmd.SetOut(a.stderr)
+				_ = cmd.Usage() // writes to stderr, the last thing that can be tried
+				return &statusError{status: exitUsage}
+			}
+			msg := fmt.Sprintf("unknown command %q", args[0])
+			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+				msg += fmt.Sprintf("; did you mean %q?", near[0])
+			}
+			return &statusError{exitUsage, errors.New(msg + "; see `muxproxy --help`")}
+		},
+	}
+	root.SuggestionsMinimumDistance = 2
+	root.SetOut(a.stdout)
+	root.SetErr(a.stderr)
+	root.AddCommand(
+		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
+		newDemo(a),
+	)
+	return root
+}
+
+// connect returns the master that runs for this user; the caller calls Disconnect. The error wraps bridge.ErrNoMaster if
+// there is none.
+func (a *app) connect(ctx context.Context) (*control.Master, error) {
+	dirs, err := paths.Find(a.getenv)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := bridge.ConnectTo(ctx, dirs, paths.ControlSocket)
+	if err != nil {
+		return nil, err
+	}
+	return control.New(conn)
+}
+
+// withMaster calls do with the master that runs; if there is none, the answer is no.
+func (a *app) withMaster(ctx context.Context, do func(*control.Master) error) error {
+	m, err := a.connect(ctx)
+	if errors.Is(err, bridge.ErrNoMaster) {
+		return no("no master runs; the next ssh starts one, or `muxproxy master start`")
+	}
+	if err != nil {
+		return err
+	}
+	defer m.Disconnect()
+	return do(m)
+}

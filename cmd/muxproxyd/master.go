@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/rs/zerolog"
+	"github.com/spf13/cobra"
+
+	"github.com/muxproxy/muxproxy/core/bridge"
+	"github.com/muxproxy/muxproxy/core/control"
+	"github.com/muxproxy/muxproxy/core/master"
+	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// stopTime is how long `master stop` waits for the master's process to end.
+const stopTime = 5 * time.Second
+
+func newMaster(a *app) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "master",
+		Short: "run the master, or start, stop and inspect it",
+		Long: `Runs the master in the foreground, with its log on stderr, until SIGTERM, SIGINT
+or "muxproxy master stop". There is no need to: the first ssh starts one in the
+background.`,
+		Example: "  muxproxy master\n  muxproxy master stop --drain",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return runMaster(cmd.Context(), a) },
+	}
+	var drain bool
+	stop := &cobra.Command{
+		Use:   "stop [--drain]",
+		Short: "end the master",
+		Long: `Ends the master and cuts every client, or, with --drain, lets it end with its
+last client.`,
+		Example: "  muxproxy master stop --drain",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterStop(cmd.Context(), a, drain) },
+	}
+	stop.Flags().BoolVar(&drain, "drain", false, "take no new clients and end with the last one")
+	cmd.AddCommand(
+		&cobra.Command{
+			Use:   "start",
+			Short: "start a master in the background, unless one runs",
+			Long: `Starts a master in the background, unless one runs, and waits until it takes
+connections.`,
+			Example: "  muxproxy master start",
+			Args:    cobra.NoArgs,
+			RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterStart(cmd.Context(), a) },
+		},
+		stop,
+		&cobra.Command{
+			Use:   "dump",
+			Short: "print the master's inner state for a bug report",
+			Long: `Prints the master's goroutines and state for a bug report. There are host names
+in it, no secrets.`,
+			Example: "  muxproxy master dump > muxproxy.txt",
+			Args:    cobra.NoArgs,
+			RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterDump(cmd.Context(), a) },
+		},
+	)
+	return cmd
+}
+
+// runMaster is the daemon. Whoever waits for it (bridge.StartMaster, systemd) is told by sd_notify(3) when it is ready or
+// why it can't be. Errors go to the log, as all that it says.
+func runMaster(ctx context.Context, a *app) error {
+	setUmask()
+	signal.Ignore(syscall.SIGHUP) // of the terminal that it may have been started on
+	log := zerolog.New(a.stderr).With().Timestamp().Logger()
+	notify := func(unset bool, state string) {
+		if _, err := daemon.SdNotify(unset, state); err != nil {
+			log.Warn().Err(err).Msg("can't tell whoever started this master how it goes")
+		}
+	}
+	dirs, err := paths.Find(a.getenv)
+	if err == nil {
+		err = master.Run(ctx, master.Options{
+			Dirs: dirs, Log: log, Version: readVersion().Version, Getenv: a.getenv,
+			Ready: func() { notify(true, daemon.SdNotifyReady) },
+		})
+	}
+	if err != nil {
+		notify(false, "STATUS="+use.Printable(err.Error())+"\nERRNO=1")
+		log.Error().Str("error", use.Printable(err.Error())).Msg("the master ends")
+		return &statusError{status: exitNo}
+	}
+	return nil
+}
+
+func runMasterStart(ctx context.Context, a *app) error {
+	dirs, err := paths.Find(a.getenv)
+	if err != nil {
+		return err
+	}
+	if err := bridge.StartMaster(ctx, dirs, a.getenv); err != nil {
+		return err
+	}
+	return a.withMaster(ctx, func(m *control.Master) error {
+		s, err := m.Status(ctx)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(a.stdout, "a master runs, pid %d\n", s.PID)
+		return err
+	})
+}
+
+func runMasterStop(ctx context.Context, a *app, drain bool) error {
+	return a.withMaster(ctx, func(m *control.Master) error {
+		s, err := m.Status(ctx)
+		if err != nil {
+			return err
+		}
+		// A master that goes at once may be gone before it has answered.
+		if err := m.Stop(ctx, drain); err != nil && !(errors.Is(err, control.ErrLost) && !drain) {
+			return err
+		}
+		if drain {
+			_, err := fmt.Fprintf(a.stdout, "the master, pid %d, ends with its last client\n", s.PID)
+			return err
+		}
+		if err := waitForEnd(ctx, m, s.PID); err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(a.stdout, "the master, pid %d, has ended\n", s.PID)
+		return err
+	})
+}
+
+// waitForEnd returns when the master has closed the connection and its process has ended, so that a new one can start.
+func waitForEnd(ctx context.Context, m *control.Master, pid int) error {
+	ctx, cancel := context.WithTimeout(ctx, stopTime)
+	defer cancel()
+	late := func() error {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return fmt.Errorf("the master, pid %d, still runs after %v; see `muxproxy log`, or kill it", pid, stopTime)
+		}
+		return ctx.Err()
+	}
+	select {
+	case <-m.Lost():
+	case <-ctx.Done():
+		return late()
+	}
+	t := time.NewTicker(10 * time.Millisecond)
+	defer t.Stop()
+	for alive(pid) {
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return late()
+		}
+	}
+	return nil
+}
+
+func runMasterDump(ctx context.Context, a *app) error {
+	return a.withMaster(ctx, func(m *control.Master) error {
+		text, err := m.Dump(ctx)
+		if err != nil {
+			return err
+		}
+		for line := range splitLines(text) {
+			if _, err := io.WriteString(a.stdout, line+"\n"); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,80 @@
+// Package control is the API between commands and master: gRPC over control.sock.
+package control
+
+import (
+	"context"
+	"time"
+
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// Status is what the master holds at one moment. Its JSON form is what `muxproxy status --json` prints.
+type Status struct {
+	Version   string     `json:"version"`
+	PID       int        `json:"pid"`
+	Since     time.Time  `json:"since"`
+	Sockets   string     `json:"sockets"` // directory
+	Draining  bool       `json:"draining,omitempty"`
+	Upstreams []Upstream `json:"upstreams"`
+	Clients   []Client   `json:"clients"`
+}
+
+// Upstream is one SSH connection to a remote host.
+type Upstream struct {
+	ID          uint64    `json:"id"`
+	Target      string    `json:"target"` // user@host:port
+	Lane        string    `json:"lane"`
+	State       string    `json:"state"` // "dialling", "up", "draining"
+	Since       time.Time `json:"since"`
+	LastHeard   time.Time `json:"last_heard"`
+	Addr        string    `json:"addr,omitempty"`
+	Server      string    `json:"server,omitempty"` // identification string, escaped
+	HostKey     string    `json:"host_key,omitempty"`
+	Kex         string    `json:"kex,omitempty"`
+	Cipher      string    `json:"cipher,omitempty"`
+	PostQuantum bool      `json:"post_quantum"`
+	Auth        string    `json:"auth,omitempty"`
+	Clients     int       `json:"clients"`
+	Channels    int       `json:"channels"`
+	In          int64     `json:"in"`  // bytes of channel data towards the remote host
+	Out         int64     `json:"out"` // bytes of channel data from it
+}
+
+// Client is one local ssh connection.
+type Client struct {
+	ID       uint64     `json:"id"`
+	Target   string     `json:"target"`
+	Alias    string     `json:"alias,omitempty"`
+	Upstream uint64     `json:"upstream,omitempty"` // 0: not yet
+	Mode     string     `json:"mode"`
+	Since    time.Time  `json:"since"`
+	Caller   use.Caller `json:"caller"`
+	Channels []Channel  `json:"channels"`
+}
+
+// Channel is one channel or remote forward of a client.
+type Channel struct {
+	Kind   string    `json:"kind"`             // a use's kind
+	Detail string    `json:"detail,omitempty"` // program word of a command, subsystem, destination; escaped
+	Since  time.Time `json:"since"`
+	In     int64     `json:"in"`
+	Out    int64     `json:"out"`
+}
+
+// Backend is what the API asks of the master. Every changing call gets the caller and passes the gate in the backend;
+// a denial comes back as *use.Denied.
+type Backend interface {
+	Status() Status
+	// Exists reports whether an upstream for target (HOST, USER@HOST or USER@HOST:PORT, or an alias in use) is up.
+	Exists(target string) bool
+	// Close ends matching upstreams and their clients now; Drain takes no new clients and ends each with its last.
+	// An empty target means all. Both return how many upstreams matched.
+	Close(ctx context.Context, by use.Caller, target string) (int, error)
+	Drain(ctx context.Context, by use.Caller, target string) (int, error)
+	// Stop ends the master: at once, or with its last client if drain is set.
+	Stop(ctx context.Context, by use.Caller, drain bool) error
+	// HostKeys returns the public halves of the plain local host keys and of the CA, in authorized_keys form.
+	HostKeys() (plain, ca []string)
+	// Dump is text for a bug report: goroutines and state, no secrets.
+	Dump() string
+}

@@ -1,0 +1,261 @@
+// Package local is the first front door: the SSH server side, towards the user's own ssh.
+package local
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// loginGrace bounds how long a client may take until it asks to be let in; a person who is asked about our host key
+// by a misconfigured ssh needs some of it. What the upstream needs is bounded by the dial.
+const loginGrace = 2 * time.Minute
+
+// Config is what one client is let in by.
+type Config struct {
+	// User is the only user name that is let in.
+	User string
+	// Principals are the names under which ssh may look for the host: host, alias, HostKeyAlias. Not empty.
+	Principals []string
+	// Login blocks until the client may be let in, or says why not. It is called at most once, as soon as the client
+	// asks for `none`, a public key or a password; ctx ends with the client.
+	Login func(ctx context.Context) error
+}
+
+// ErrHostKeyRefused is returned by Accept when the client left in the middle of the key exchange after it had seen
+// our host key: its ssh_config does not name our known_hosts file.
+var ErrHostKeyRefused = errors.New("ssh did not take the local host key")
+
+// Conn is one local client that has been let in. Channels and Requests must be drained until they close.
+type Conn struct {
+	*ssh.ServerConn
+	stream   *stream
+	openSSH  bool
+	channels <-chan ssh.NewChannel
+	requests <-chan *ssh.Request
+}
+
+// Channels are the channels that the client opens (RFC 4254 section 5.1).
+func (c *Conn) Channels() <-chan ssh.NewChannel { return c.channels }
+
+// Requests are the client's global requests (RFC 4254 section 4).
+func (c *Conn) Requests() <-chan *ssh.Request { return c.requests }
+
+// Done is closed when the client's transport has ended, in whatever way.
+func (c *Conn) Done() <-chan struct{} { return c.stream.done }
+
+// OpenSSH tells whether the client calls itself OpenSSH.
+func (c *Conn) OpenSSH() bool { return c.openSSH }
+
+// Handshake is a client on its way in; it can be spoken to by banner (RFC 4252 section 5.4) until it is let in.
+type Handshake struct {
+	mu     sync.Mutex            // guards conn, waiting and over
+	conn   ssh.ServerPreAuthConn // nil until the key exchange is over
+	banner []string              // said before that
+	over   bool                  // authentication has ended
+}
+
+// Say shows a line to the person by banner; it is dropped once the client has been let in.
+func (h *Handshake) Say(line string) {
+	h.mu.Lock()
+	conn, over := h.conn, h.over
+	if conn == nil && !over {
+		h.banner = append(h.banner, line)
+	}
+	h.mu.Unlock()
+	if conn != nil && !over {
+		_ = conn.SendAuthBanner(line + "\r\n") // a client that is gone reads no banner
+	}
+}
+
+func (h *Handshake) begin(conn ssh.ServerPreAuthConn) {
+	h.mu.Lock()
+	h.conn = conn
+	lines := h.banner
+	h.banner = nil
+	h.mu.Unlock()
+	for _, l := range lines {
+		_ = conn.SendAuthBanner(l + "\r\n")
+	}
+}
+
+func (h *Handshake) end() {
+	h.mu.Lock()
+	h.over, h.banner = true, nil
+	h.mu.Unlock()
+}
+
+// Accept speaks SSH with one client until it is let in. It owns rwc from then on: on an error it is closed, else the
+// returned Conn's Close does it. h may be used by other goroutines meanwhile.
+func (a *Authority) Accept(ctx context.Context, rwc net.Conn, cfg Config, h *Handshake) (*Conn, error) {
+	s := newStream(rwc)
+	conn, err := a.accept(ctx, s, cfg, h)
+	h.end()
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handshake) (*Conn, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := context.AfterFunc(ctx, func() { s.Close() })
+	defer stop()
+	grace := time.AfterFunc(loginGrace, func() { cancel(errors.New("the client did not log in in time")) })
+	defer grace.Stop()
+
+	if _, err := io.WriteString(s.Conn, Identification+"\r\n"); err != nil {
+		return nil, err
+	}
+	in := bufio.NewReaderSize(s.Conn, 4096)
+	o, err := readOpening(in)
+	if err != nil {
+		return nil, endError(ctx, err)
+	}
+	s.r = o.replay(in)
+
+	config := &ssh.ServerConfig{
+		Config:        o.algorithms(),
+		ServerVersion: Identification,
+		MaxAuthTries:  -1, // the only judge is Login, and it is asked once
+	}
+	signers, err := a.signers(o.kexInit.HostKeyAlgos, cfg.Principals, !o.openSSH())
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range signers {
+		config.AddHostKey(k)
+	}
+
+	var began atomic.Bool // the key exchange is over
+	login := sync.OnceValue(func() error {
+		grace.Stop()
+		lctx, lcancel := context.WithCancel(ctx)
+		defer lcancel()
+		defer s.whenDone(lcancel)()
+		return cfg.Login(lctx)
+	})
+	admit := func(c ssh.ConnMetadata) (*ssh.Permissions, error) {
+		err := error(nil)
+		if c.User() != cfg.User {
+			err = fmt.Errorf("the client's user %q is not the target's", c.User())
+		} else {
+			err = login()
+		}
+		if err != nil {
+			cancel(err) // or ssh would go on to ask for a password that nobody wants
+		}
+		return nil, err
+	}
+	config.NoClientAuth = true
+	config.NoClientAuthCallback = admit
+	config.PublicKeyCallback = func(c ssh.ConnMetadata, _ ssh.PublicKey) (*ssh.Permissions, error) { return admit(c) }
+	config.PasswordCallback = func(c ssh.ConnMetadata, _ []byte) (*ssh.Permissions, error) { return admit(c) }
+	config.PreAuthConnCallback = func(c ssh.ServerPreAuthConn) {
+		began.Store(true)
+		h.begin(c)
+	}
+	sc, channels, requests, err := ssh.NewServerConn(s, config)
+	switch {
+	case err == nil:
+	case !began.Load() && s.ended():
+		return nil, endError(ctx, ErrHostKeyRefused)
+	default:
+		return nil, endError(ctx, err)
+	}
+	return &Conn{ServerConn: sc, stream: s, openSSH: o.openSSH(), channels: channels, requests: requests}, nil
+}
+
+// endError prefers the reason why we ended the client over what that did to its stream.
+func endError(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// Principals lists the names under which ssh may look for a host, without doubles and empty ones, lower case as ssh
+// compares them.
+func Principals(names ...string) []string {
+	var out []string
+	for _, n := range names {
+		if n = strings.ToLower(strings.Trim(n, "[]")); n != "" && !slices.Contains(out, n) {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// stream is a client's connection as x/crypto sees it: it replays the opening, swallows the identification string
+// that has already been sent, and notices the end.
+type stream struct {
+	net.Conn
+	r       io.Reader   // where to read; set before x/crypto reads
+	swallow int         // bytes of identification still to be swallowed; owned by the writer of the handshake
+	gone    atomic.Bool // a read failed
+	done    chan struct{}
+	once    sync.Once // closes done
+	closing sync.Once // closes Conn
+	err     error     // of closing
+}
+
+func newStream(c net.Conn) *stream {
+	return &stream{Conn: c, r: c, swallow: len(Identification) + 2, done: make(chan struct{})}
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	if err != nil {
+		s.gone.Store(true)
+		s.once.Do(func() { close(s.done) })
+	}
+	return n, err
+}
+
+func (s *stream) Write(p []byte) (int, error) {
+	if s.swallow > 0 {
+		n := min(s.swallow, len(p))
+		s.swallow -= n
+		if n == len(p) {
+			return n, nil
+		}
+		m, err := s.Conn.Write(p[n:])
+		return n + m, err
+	}
+	return s.Conn.Write(p)
+}
+
+func (s *stream) Close() error {
+	s.closing.Do(func() {
+		s.err = s.Conn.Close()
+		s.once.Do(func() { close(s.done) })
+	})
+	return s.err
+}
+
+func (s *stream) ended() bool { return s.gone.Load() }
+
+// whenDone calls f when the stream ends; the returned function stops waiting for that.
+func (s *stream) whenDone(f func()) (stop func()) {
+	quit := make(chan struct{})
+	go func() {
+		select {
+		case <-s.done:
+			f()
+		case <-quit:
+		}
+	}()
+	return func() { close(quit) }
+}

@@ -1,0 +1,389 @@
+package master
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/local"
+	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/relay"
+	"github.com/muxproxy/muxproxy/core/use"
+	"github.com/muxproxy/muxproxy/core/wire"
+)
+
+const (
+	// helloTime bounds how long a bridge may take for its hello.
+	helloTime = 10 * time.Second
+	// resolveTime bounds `ssh -G` in the bridge, a Match exec included.
+	resolveTime = time.Minute
+	// noteTime bounds the write of a note to a bridge that does not read.
+	noteTime = time.Second
+)
+
+// client is one bridge and the ssh behind it, from hello to end.
+type client struct {
+	id     uint64
+	master *Master
+	log    zerolog.Logger
+	wire   *wire.Conn
+	hello  wire.Hello
+	target use.Target
+	caller use.Caller
+	since  time.Time
+
+	ctx    context.Context // ends with the client
+	cancel context.CancelCauseFunc
+
+	handshake local.Handshake
+	upstream  atomic.Uint64 // number of the upstream; 0: not yet
+	relay     atomic.Pointer[relay.Relay]
+
+	// lineMu keeps the lines for the person in order; it guards letGo.
+	lineMu sync.Mutex
+	letGo  bool // the bridge has let go of stderr
+}
+
+// serve is a client's whole life. It owns nc.
+func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
+	defer nc.Close()
+	c := &client{id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now()}
+	c.log = m.log.With().Uint64("client", c.id).Logger()
+	c.ctx, c.cancel = context.WithCancelCause(ctx)
+	defer c.cancel(nil)
+	_ = nc.SetDeadline(time.Now().Add(helloTime))
+	stopHello := context.AfterFunc(c.ctx, func() { nc.Close() })
+	defer stopHello()
+
+	var err error
+	if c.caller, err = use.ReadCaller(nc); err != nil {
+		c.log.Warn().Err(err).Msg("connection refused")
+		return
+	}
+	if !paths.Trusted(c.caller.UID) {
+		c.log.Warn().Int("uid", c.caller.UID).Msg("connection refused: another user's")
+		return
+	}
+	hello, files, err := c.wire.ReadHello()
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	if errors.Is(err, wire.ErrVersion) {
+		c.answer(wire.Failed, fmt.Sprintf("the master is of another version (%s); end it with: muxproxy master stop", m.opts.Version))
+		return
+	}
+	if err != nil {
+		if !errors.Is(err, io.EOF) { // a probe whether somebody listens says nothing
+			c.log.Warn().Err(err).Stringer("caller", c.caller).Msg("hello refused")
+		}
+		return
+	}
+	c.hello = hello
+	c.target = use.Target(hello.Target)
+	c.log = c.log.With().Stringer("target", c.target).Logger()
+	if err := c.checkNamespaces(); err != nil {
+		c.log.Warn().Err(err).Stringer("caller", c.caller).Msg("client refused")
+		c.answer(wire.Failed, err.Error())
+		return
+	}
+	spec, ag, ok := c.resolve()
+	defer ag.close()
+	if !ok {
+		return
+	}
+	_ = nc.SetDeadline(time.Time{})
+	stopHello() // from here on the person is told before the end
+	m.enter(c)
+	defer m.leave(c)
+	c.log.Info().Stringer("caller", c.caller).Str("mode", string(hello.Mode)).Msg("client has come")
+	if hello.Mode == wire.Pipes {
+		stream := &pipes{in: files[0], out: files[1]}
+		files = nil
+		c.servePipes(spec, stream)
+	} else {
+		c.serveSocket(spec, nc)
+	}
+	c.log.Info().Dur("after", time.Since(c.since)).Msg("client has gone")
+}
+
+// checkNamespaces refuses a caller from a container or sandbox of the same uid: it would get out of there through the
+// master.
+func (c *client) checkNamespaces() error {
+	if len(c.caller.Processes) == 0 {
+		return errors.New("the calling process can't be seen from here; set MUXPROXY_BYPASS=1")
+	}
+	same, err := use.SameNamespaces(c.caller.Processes[0])
+	switch {
+	case err != nil:
+		return fmt.Errorf("the calling process can't be checked: %w; set MUXPROXY_BYPASS=1", err)
+	case !same:
+		return errors.New("called from another user, pid or mount namespace than the master's; set MUXPROXY_BYPASS=1")
+	}
+	return nil
+}
+
+// resolve finds out what to dial. A known answer does if its upstream lives; a login needs the caller's agent anyway,
+// and only the bridge can connect that. If it fails, the bridge has been told. The agent is the caller's to close.
+func (c *client) resolve() (pool.Spec, *agent, bool) {
+	spec := pool.Spec{Target: c.target}
+	if r, ok := c.master.configs.get(c.hello); ok {
+		ag := newAgent(r.agentPath, nil)
+		spec.Config = &r.config
+		if ag != nil {
+			spec.Agent = ag
+		}
+		if c.master.pool.Alive(spec) {
+			return spec, ag, true
+		}
+	}
+	_ = c.wire.NetConn().SetDeadline(time.Now().Add(resolveTime))
+	if !c.answer(wire.Resolve, "") {
+		return spec, nil, false
+	}
+	res, conn, err := c.wire.ReadResolution()
+	if err != nil {
+		c.log.Warn().Err(err).Msg("no resolution")
+		return spec, nil, false
+	}
+	ag := newAgent(res.AgentPath, conn)
+	if res.Error != "" {
+		c.answer(wire.Failed, res.Error)
+		return spec, ag, false
+	}
+	c.master.configs.put(c.hello, resolution{res.Config, res.AgentPath})
+	spec.Config, spec.Agent = &res.Config, nil
+	if ag != nil {
+		spec.Agent = ag
+	}
+	return spec, ag, true
+}
+
+func (c *client) answer(kind wire.AnswerKind, message string) bool {
+	if err := c.wire.SendAnswer(wire.Answer{Kind: kind, Message: message}); err != nil {
+		c.log.Debug().Err(err).Msg("the bridge is gone")
+		return false
+	}
+	return true
+}
+
+// servePipes serves a client whose bridge stays: its socket carries notes and is the client's life line.
+func (c *client) servePipes(spec pool.Spec, stream *pipes) {
+	defer stream.Close()
+	if !c.answer(wire.Served, "") {
+		return
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer c.wire.NetConn().SetReadDeadline(time.Unix(1, 0)) // ends the reader below
+	wg.Go(func() {
+		var b [1]byte
+		_, err := c.wire.NetConn().Read(b[:]) // a bridge has nothing more to say
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			c.cancel(errors.New("the bridge has ended"))
+			stream.Close()
+		}
+	})
+	l := c.acquire(spec, func(err error) {
+		// Nothing has to wait for ssh's key exchange.
+		c.fatal(err.Error())
+		c.cancel(err)
+		stream.Close()
+	})
+	defer l.release()
+	c.serveSSH(spec, l, stream)
+}
+
+// serveSocket serves a client whose socket becomes the stream. So the hello is answered when the transport to the host
+// is up, or has failed: later the person can only be told by banner.
+func (c *client) serveSocket(spec pool.Spec, nc *net.UnixConn) {
+	stop := onHangup(nc, func() { c.cancel(errors.New("the client has left")) })
+	connected := make(chan struct{})
+	spec.Connected = sync.OnceFunc(func() { close(connected) })
+	failed := make(chan error, 1)
+	l := c.acquire(spec, func(err error) { failed <- err })
+	defer l.release()
+	select {
+	case <-connected:
+	case err := <-failed:
+		stop()
+		c.answer(wire.Failed, err.Error())
+		return
+	case <-c.ctx.Done():
+		stop()
+		return
+	}
+	stop()
+	if !c.answer(wire.Served, "") {
+		return
+	}
+	c.serveSSH(spec, l, nc)
+}
+
+// login is a lease on its way.
+type login struct {
+	done   chan struct{} // closed when the rest is set
+	lease  *pool.Lease
+	permit *use.Permit
+	err    error
+	cancel context.CancelFunc
+}
+
+// acquire passes the gate and gets a lease, in the background. failed is told why there will be none, unless the
+// client has left.
+func (c *client) acquire(spec pool.Spec, failed func(error)) *login {
+	l := &login{done: make(chan struct{})}
+	ctx, cancel := context.WithCancel(c.ctx)
+	l.cancel = cancel
+	u := use.Use{Kind: use.Attach, Client: c.id, Caller: c.caller, Target: c.target}
+	go func() {
+		defer close(l.done)
+		var denied *use.Denied
+		if l.permit, denied = c.master.gate.Decide(ctx, u, c.say); denied != nil {
+			l.err = denied
+		} else {
+			l.lease, l.err = c.master.pool.Acquire(ctx, l.permit, spec, c)
+		}
+		if l.err != nil {
+			c.log.Info().Err(l.err).Msg("client not let in")
+			if ctx.Err() == nil {
+				failed(l.err)
+			}
+			return
+		}
+		c.upstream.Store(l.lease.ID())
+	}()
+	return l
+}
+
+// release gives back what acquire got, or will get.
+func (l *login) release() {
+	l.cancel()
+	<-l.done
+	if l.lease != nil {
+		l.lease.Release()
+	}
+	if l.permit != nil {
+		res := use.Result{Status: "closed"}
+		if l.err != nil {
+			res = use.Result{Status: "refused", Err: l.err.Error()}
+		}
+		l.permit.End(res)
+	}
+}
+
+// serveSSH is the SSH server side of a client, and the relay once it has been let in.
+func (c *client) serveSSH(spec pool.Spec, l *login, stream net.Conn) {
+	conn, err := c.master.authority.Accept(c.ctx, stream, local.Config{
+		User:       c.target.User,
+		Principals: local.Principals(c.target.Host, c.target.Alias, spec.Config.Get("hostkeyalias")),
+		Login: func(ctx context.Context) error {
+			select {
+			case <-l.done:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			if l.err != nil {
+				c.say(l.err.Error())
+			}
+			return l.err
+		},
+	}, &c.handshake)
+	switch {
+	case errors.Is(err, local.ErrHostKeyRefused):
+		c.log.Info().Err(err).Msg("client has left in the key exchange")
+		c.fatal(fmt.Sprintf("ssh did not take the local host key; ssh_config needs: GlobalKnownHostsFile %s "+
+			"/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2", filepath.Join(c.master.opts.Dirs.State, paths.KnownHosts)))
+		return
+	case err != nil:
+		c.log.Info().Err(err).Msg("client not let in")
+		if c.ctx.Err() == nil && !errors.Is(err, io.EOF) {
+			c.fatal(err.Error())
+		}
+		return
+	}
+	defer conn.Close()
+	stopCut := context.AfterFunc(c.ctx, func() { conn.Close() })
+	defer stopCut()
+	c.releaseStderr()
+	r := relay.New(front{conn, c}, l.lease, c.master.gate, l.permit, c.log)
+	c.relay.Store(r)
+	r.Run()
+}
+
+// front is the client as the relay sees it.
+type front struct {
+	*local.Conn
+	c *client
+}
+
+func (f front) ID() uint64         { return f.c.id }
+func (f front) Caller() use.Caller { return f.c.caller }
+func (f front) Target() use.Target { return f.c.target }
+
+func (f front) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	return f.Conn.ServerConn.OpenChannel(kind, extra)
+}
+
+var _ relay.Client = front{}
+
+// Ask implements pool.Asker.
+func (c *client) Ask(context.Context, pool.Question) ([]string, error) { return nil, pool.ErrNobody }
+
+// cut ends the client now, after the person has been told why.
+func (c *client) cut(reason error) {
+	if r := c.relay.Load(); r != nil {
+		r.Cut(reason)
+	} else {
+		c.say(reason.Error())
+	}
+	c.cancel(reason)
+}
+
+// say shows a line to the person at the client, as long as it is not let in.
+func (c *client) say(line string) {
+	if c.hello.Mode == wire.Pipes {
+		c.note(wire.Note{Text: line})
+	} else {
+		c.handshake.Say("muxproxy: " + use.Printable(line))
+	}
+}
+
+// fatal tells the person why the client ends, if the bridge is still there to do so.
+func (c *client) fatal(line string) {
+	if c.hello.Mode == wire.Pipes {
+		c.note(wire.Note{Text: line, Fatal: true})
+	}
+}
+
+// releaseStderr lets the bridge go of stderr: after `ssh -f` it would hold the caller's pipe for ever.
+func (c *client) releaseStderr() {
+	if c.hello.Mode == wire.Pipes {
+		c.note(wire.Note{Authenticated: true})
+	}
+}
+
+func (c *client) note(n wire.Note) {
+	c.lineMu.Lock()
+	defer c.lineMu.Unlock()
+	if c.letGo {
+		return
+	}
+	_ = c.wire.NetConn().SetWriteDeadline(time.Now().Add(noteTime))
+	if err := c.wire.SendNote(n); err != nil {
+		c.log.Debug().Err(err).Msg("the bridge is gone")
+	}
+	c.letGo = n.Authenticated || n.Fatal
+}

@@ -1,0 +1,61 @@
+package master
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"sync"
+
+	"github.com/muxproxy/muxproxy/core/sshconfig"
+	"github.com/muxproxy/muxproxy/core/wire"
+)
+
+// maxConfigs bounds how many answers of `ssh -G` are kept.
+const maxConfigs = 256
+
+// configs keeps answers of `ssh -G` until a file that was read changes.
+type configs struct {
+	mu    sync.Mutex // guards byKey
+	byKey map[[sha256.Size]byte]resolution
+}
+
+// resolution is what a bridge found out about its host.
+type resolution struct {
+	config    sshconfig.Resolved
+	agentPath string
+}
+
+// configKey is all that an answer depends on, files apart.
+func configKey(h wire.Hello) [sha256.Size]byte {
+	b, _ := json.Marshal(struct { // strings, numbers and a map with sorted keys: it can't fail
+		Target wire.Target
+		Args   []string
+		Env    map[string]string
+	}{h.Target, h.SSHArgs, h.Env})
+	return sha256.Sum256(b)
+}
+
+// get returns an answer that still holds.
+func (c *configs) get(h wire.Hello) (resolution, bool) {
+	c.mu.Lock()
+	r, ok := c.byKey[configKey(h)]
+	c.mu.Unlock()
+	return r, ok && r.config.Fresh()
+}
+
+func (c *configs) put(h wire.Hello, r resolution) {
+	if r.config.Volatile {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.byKey == nil {
+		c.byKey = map[[sha256.Size]byte]resolution{}
+	}
+	for k := range c.byKey {
+		if len(c.byKey) < maxConfigs {
+			break
+		}
+		delete(c.byKey, k) // any: an answer costs one ssh -G
+	}
+	c.byKey[configKey(h)] = r
+}

@@ -1,0 +1,324 @@
+// Package master is the daemon: listeners, start, drain, and the wiring of all other parts.
+package master
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/muxproxy/muxproxy/core/control"
+	"github.com/muxproxy/muxproxy/core/local"
+	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/upstream"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+const (
+	// presentEvery is how often the sockets' names are looked after: a vanished one keeps every new ssh out.
+	presentEvery = time.Second
+	// handOverTime is how long a master that finds another one alive waits for that one's socket.
+	handOverTime = 3 * time.Second
+	// acceptPause is the wait after a failed accept (fd limit reached).
+	acceptPause = 100 * time.Millisecond
+)
+
+// Options are what a master is started with.
+type Options struct {
+	Dirs    paths.Dirs
+	Log     zerolog.Logger
+	Version string
+	Getenv  func(string) string
+	Ready   func() // called once when bridges can connect
+}
+
+// Master is one running daemon.
+type Master struct {
+	opts       Options
+	log        zerolog.Logger
+	since      time.Time
+	authority  *local.Authority
+	knownHosts knownHosts
+	gate       use.Gate
+	pool       *pool.Pool
+	configs    configs
+
+	stop     context.CancelCauseFunc // ends Run
+	lock     *paths.FileLock
+	draining atomic.Bool
+
+	lastClient atomic.Uint64
+	wg         sync.WaitGroup // clients
+
+	mu        sync.Mutex // guards what follows
+	clients   map[uint64]*client
+	listeners []*paths.Listener // mux, control
+	idle      chan struct{}     // closed when draining and the last client has left
+}
+
+var errStopped = errors.New("the master was stopped")
+
+// Run is a master's whole life: it returns nil when ctx ends or it has been told to stop, after every client has been
+// cut and everything closed. If another master of this user lives on this host, it returns nil as soon as that one can
+// be reached.
+func Run(ctx context.Context, opts Options) error {
+	if err := opts.Dirs.Make(); err != nil {
+		return err
+	}
+	lock, err := paths.TryLock(filepath.Join(opts.Dirs.Run, paths.MasterLock))
+	if errors.Is(err, paths.ErrLocked) {
+		return awaitOther(ctx, opts)
+	}
+	if err != nil {
+		return err
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("this host's name: %w", err)
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	m := &Master{
+		opts: opts, log: opts.Log, since: time.Now(), stop: stop, lock: lock, clients: map[uint64]*client{},
+		knownHosts: knownHosts{path: filepath.Join(opts.Dirs.State, paths.KnownHosts), host: host, pid: os.Getpid()},
+	}
+	defer m.unlock()
+	return m.run(ctx)
+}
+
+// awaitOther is what a second master does: the first may have lost its sockets' names and is about to notice.
+func awaitOther(ctx context.Context, opts Options) error {
+	ctx, cancel := context.WithTimeout(ctx, handOverTime)
+	defer cancel()
+	t := time.NewTicker(presentEvery / 10)
+	defer t.Stop()
+	for {
+		if dir, err := opts.Dirs.Published(); err == nil {
+			if c, err := paths.Dial(dir, paths.MuxSocket); err == nil {
+				c.Close()
+				opts.Log.Info().Msg("another master is alive")
+				opts.Ready()
+				return nil
+			}
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return fmt.Errorf("another master holds %s and does not listen; end it with: muxproxy master stop",
+				filepath.Join(opts.Dirs.Run, paths.MasterLock))
+		}
+	}
+}
+
+func (m *Master) unlock() {
+	m.mu.Lock()
+	lock := m.lock
+	m.lock = nil
+	m.mu.Unlock()
+	if lock != nil {
+		if err := m.opts.Dirs.Unpublish(m.opts.Dirs.Runtime); err != nil {
+			m.log.Warn().Err(err).Msg("can't remove the link to the sockets")
+		}
+		lock.Close()
+	}
+}
+
+func (m *Master) run(ctx context.Context) error {
+	audit, err := use.OpenAudit(use.AuditOptions{
+		Path: filepath.Join(m.opts.Dirs.State, paths.AuditLog),
+		Report: func(err error) {
+			m.log.Err(err).Msg("audit log")
+		},
+	})
+	if err != nil {
+		return err
+	}
+	defer audit.Close()
+	m.gate = use.NewGate(audit)
+	m.authority, err = local.NewAuthority(m.knownHosts.add)
+	if err != nil {
+		return fmt.Errorf("the local host keys: %w", err)
+	}
+	defer func() {
+		if err := m.knownHosts.remove(); err != nil {
+			m.log.Warn().Err(err).Msg("can't take the local CA out of known_hosts")
+		}
+	}()
+	m.pool = pool.New(&upstream.Dialer{Log: m.log}, pool.CloseAtOnce{}, m.log)
+	defer m.pool.Close()
+
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	listen := func(name string, serve func(net.Listener) error) error {
+		l, err := paths.Listen(m.opts.Dirs.Runtime, name)
+		if err != nil {
+			return err
+		}
+		m.mu.Lock()
+		m.listeners = append(m.listeners, l)
+		m.mu.Unlock()
+		wg.Go(func() { m.keepListening(ctx, l, name, serve) })
+		return nil
+	}
+	defer m.closeListeners()
+	clients, cutClients := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cutClients(nil)
+	if err := listen(paths.MuxSocket, func(l net.Listener) error { return m.accept(clients, l) }); err != nil {
+		return err
+	}
+	if err := listen(paths.ControlSocket, func(l net.Listener) error { return control.Serve(ctx, l, m) }); err != nil {
+		return err
+	}
+	if err := m.opts.Dirs.Publish(m.opts.Dirs.Runtime); err != nil {
+		return err
+	}
+	m.log.Info().Str("version", m.opts.Version).Int("pid", os.Getpid()).Str("sockets", m.opts.Dirs.Runtime).
+		Msg("master is ready")
+	m.opts.Ready()
+
+	<-ctx.Done()
+	m.closeListeners()
+	var cut sync.WaitGroup
+	for _, c := range m.snapshot() {
+		cut.Go(func() { c.cut(errStopped) })
+	}
+	cut.Wait()
+	cutClients(errStopped) // those that came meanwhile
+	m.wg.Wait()
+	m.log.Info().Msg("master has ended")
+	return nil
+}
+
+// keepListening serves one socket until ctx ends or the master drains. If the socket's name vanishes it is made
+// again: nobody could connect any more.
+func (m *Master) keepListening(ctx context.Context, l *paths.Listener, name string, serve func(net.Listener) error) {
+	for {
+		served := make(chan error, 1)
+		go func() { served <- serve(l) }()
+		next := m.watch(ctx, l, name, served)
+		if next == nil {
+			return
+		}
+		l = next
+	}
+}
+
+// watch returns when l is to be replaced by another listener, or, with nil, when there is nothing left to serve. It
+// waits for what serves l.
+func (m *Master) watch(ctx context.Context, l *paths.Listener, name string, served <-chan error) *paths.Listener {
+	t := time.NewTicker(presentEvery)
+	defer t.Stop()
+	for {
+		select {
+		case err := <-served:
+			if ctx.Err() == nil && !m.draining.Load() {
+				m.log.Error().Err(err).Str("socket", name).Msg("listener has ended")
+				m.stop(err)
+			}
+			return nil
+		case <-t.C:
+		}
+		if l.Present() || m.draining.Load() || ctx.Err() != nil {
+			continue
+		}
+		next, err := m.listenAgain(name)
+		if err != nil {
+			m.log.Error().Err(err).Str("socket", name).Msg("the socket has vanished and can't be made again")
+			continue
+		}
+		m.log.Warn().Str("socket", next.Path()).Msg("the socket had vanished and was made again")
+		m.mu.Lock()
+		for i := range m.listeners {
+			if m.listeners[i] == l {
+				m.listeners[i] = next
+			}
+		}
+		m.mu.Unlock()
+		l.Close()
+		<-served
+		return next
+	}
+}
+
+func (m *Master) listenAgain(name string) (*paths.Listener, error) {
+	if err := m.opts.Dirs.Make(); err != nil {
+		return nil, err
+	}
+	l, err := paths.Listen(m.opts.Dirs.Runtime, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.opts.Dirs.Publish(m.opts.Dirs.Runtime); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (m *Master) closeListeners() {
+	m.mu.Lock()
+	ls := m.listeners
+	m.listeners = nil
+	m.mu.Unlock()
+	for _, l := range ls {
+		l.Close()
+	}
+}
+
+// accept takes bridges until l is closed.
+func (m *Master) accept(ctx context.Context, l net.Listener) error {
+	for {
+		c, err := l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			// Most likely no fd is left. Those who wait are served when a client leaves.
+			m.log.Error().Err(err).Msg("can't accept")
+			select {
+			case <-time.After(acceptPause):
+			case <-ctx.Done():
+				return nil
+			}
+			continue
+		}
+		m.wg.Go(func() { m.serve(ctx, c.(*net.UnixConn)) })
+	}
+}
+
+// snapshot returns the clients of this moment.
+func (m *Master) snapshot() []*client {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	list := make([]*client, 0, len(m.clients))
+	for _, c := range m.clients {
+		list = append(list, c)
+	}
+	return list
+}
+
+func (m *Master) enter(c *client) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.clients[c.id] = c
+}
+
+func (m *Master) leave(c *client) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.clients, c.id)
+	if m.idle != nil && len(m.clients) == 0 {
+		close(m.idle)
+		m.idle = nil
+	}
+}

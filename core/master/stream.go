@@ -1,0 +1,38 @@
+package master
+
+import (
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"time"
+)
+
+// pipes is ssh's pair of pipes as one connection: what ssh writes is read from in, what it reads is written to out.
+type pipes struct {
+	in, out *os.File
+	once    sync.Once
+	err     error // of Close
+}
+
+func (p *pipes) Read(b []byte) (int, error)  { return p.in.Read(b) }
+func (p *pipes) Write(b []byte) (int, error) { return p.out.Write(b) }
+
+// Close closes both pipes: ssh ends only when its own stdout pipe, our out, gives EOF.
+func (p *pipes) Close() error {
+	p.once.Do(func() { p.err = errors.Join(p.in.Close(), p.out.Close()) })
+	return p.err
+}
+
+func (p *pipes) SetDeadline(t time.Time) error {
+	return errors.Join(p.in.SetReadDeadline(t), p.out.SetWriteDeadline(t))
+}
+func (p *pipes) SetReadDeadline(t time.Time) error  { return p.in.SetReadDeadline(t) }
+func (p *pipes) SetWriteDeadline(t time.Time) error { return p.out.SetWriteDeadline(t) }
+func (p *pipes) LocalAddr() net.Addr                { return pipeAddr{} }
+func (p *pipes) RemoteAddr() net.Addr               { return pipeAddr{} }
+
+type pipeAddr struct{}
+
+func (pipeAddr) Network() string { return "pipe" }
+func (pipeAddr) String() string  { return "pipe" }

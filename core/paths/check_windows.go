@@ -1,0 +1,20 @@
+package paths
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Trusted reports whether a peer of this uid may connect to a master. Windows has no uids: never.
+func Trusted(int) bool { return false }
+
+// CheckDir reports why a directory can't be trusted. Owners and access lists are not read on Windows, so none can.
+func CheckDir(dir string) error {
+	return fmt.Errorf("%s: can't tell on Windows who may use it: %w", dir, errors.ErrUnsupported)
+}
+
+func makeDir(dir string) error { return CheckDir(dir) }
+
+func usableRuntime(string) bool { return false }
+
+func checkHome(string) error { return nil }

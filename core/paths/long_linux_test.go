@@ -1,0 +1,4 @@
+package paths
+
+// longPaths tells whether sockets may have paths longer than sockaddr_un.
+const longPaths = true

@@ -1,0 +1,99 @@
+// Package pool decides which upstream carries what: sharing key, single flight, drain and retention.
+package pool
+
+import (
+	"context"
+	"errors"
+	"net"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/sshconfig"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// Spec is one thing to dial.
+type Spec struct {
+	Target use.Target          // User, Host and Port win over what Config says
+	Config *sshconfig.Resolved // never nil
+	Agent  Agent               // the caller's agent; nil: none
+	// Connected is called once when the transport (TCP, or what stands for it) is up, before the SSH handshake. May be nil.
+	Connected func()
+}
+
+// Agent is the caller's authentication agent.
+type Agent interface {
+	// ID is the identity of the agent's socket (device and inode), or "" if it has none.
+	ID() string
+	// Dial returns a new connection to it; the caller closes that.
+	Dial() (net.Conn, error)
+}
+
+// ServerInfo says what an upstream turned out to be.
+type ServerInfo struct {
+	Version     string // its identification string, unescaped text from the network
+	OpenSSH     bool   // the identification string says so
+	Addr        string // address and port that was dialled
+	HostKey     ssh.PublicKey
+	Kex, Cipher string
+	PostQuantum bool   // the key exchange is hybrid post-quantum
+	Auth        string // method that logged in, and the key's fingerprint where there is one
+	AgentID     string // Agent.ID if an agent's key logged in, else ""
+}
+
+// Conn is one upstream SSH connection. All of it may be used by many goroutines.
+// Channels and Requests must be drained until they close. Close ends it; Wait returns when it has ended.
+type Conn interface {
+	ssh.Conn
+	Channels() <-chan ssh.NewChannel
+	Requests() <-chan *ssh.Request
+	Server() ServerInfo
+	// Probe asks the peer for a sign of life; an error means there was none before ctx ended.
+	Probe(ctx context.Context) error
+	// Down tells that the transport has failed or was closed. It turns true before any channel of the connection
+	// reports EOF because of that, except for a DISCONNECT or protocol error, where it follows within microseconds.
+	Down() bool
+	// Cause is a person's line about why the connection ended; nil while it lives or if we closed it.
+	Cause() error
+	// LastHeard is when the last byte came.
+	LastHeard() time.Time
+}
+
+// Dialer is a driver: it makes upstream connections. Errors are a line for a person, without the program's prefix:
+// what failed, for which host, and what to do.
+type Dialer interface {
+	Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error)
+}
+
+// ErrNobody says that no person is there to answer.
+var ErrNobody = errors.New("nobody is there to answer")
+
+// Question is put to a person in the user's own ssh.
+type Question struct {
+	Title   string // whose question it is
+	Text    string
+	Prompts []Prompt
+}
+
+// Prompt is one line to answer.
+type Prompt struct {
+	Text string
+	Echo bool
+}
+
+// Asker puts questions to a person. It returns one answer per prompt, or ErrNobody.
+type Asker interface {
+	Ask(ctx context.Context, q Question) ([]string, error)
+}
+
+// Retainer says how long an upstream without clients stays; the zero time means: close now.
+type Retainer interface {
+	Retain(ctx context.Context, c ConnInfo) time.Time
+}
+
+// CloseAtOnce is the Retainer that keeps nothing.
+type CloseAtOnce struct{}
+
+// Retain implements Retainer.
+func (CloseAtOnce) Retain(context.Context, ConnInfo) time.Time { return time.Time{} }

@@ -1,0 +1,392 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// Pool holds the upstreams and hands out leases on them. Safe for use by many goroutines.
+type Pool struct {
+	dialer   Dialer
+	retainer Retainer
+	log      zerolog.Logger
+
+	ctx    context.Context // ends with Close; dials live in it
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // dials, watchers and idle decisions
+
+	lastID atomic.Uint64
+
+	mu      sync.Mutex // guards what follows, and all fields of upstreams and flights that say so
+	ups     []*upstream
+	flights map[flightKey]*flight
+	closed  bool
+}
+
+// New returns an empty pool. Close ends it and waits.
+func New(d Dialer, r Retainer, log zerolog.Logger) *Pool {
+	p := &Pool{dialer: d, retainer: r, log: log, flights: map[flightKey]*flight{}}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	return p
+}
+
+// Close ends all dials and upstreams, and waits for what belongs to them.
+func (p *Pool) Close() {
+	p.mu.Lock()
+	p.closed = true
+	ups := slices.Clone(p.ups)
+	p.mu.Unlock()
+	p.cancel()
+	for _, u := range ups {
+		u.conn.Close()
+	}
+	p.wg.Wait()
+}
+
+var errClosed = errors.New("the master is stopping")
+
+// flightKey names what one dial serves: the sharing key, and the agent that may log in.
+type flightKey struct{ key, agent string }
+
+// flight is one dial and those who wait for it.
+type flight struct {
+	id     uint64
+	target use.Target
+	since  time.Time
+	cancel context.CancelFunc
+	done   chan struct{} // closed when the waiters have their leases, or err is set
+	err    error
+
+	// guarded by Pool.mu
+	waiters []*waiter // oldest first
+	tcpUp   bool
+	reason  error // why we ended it
+}
+
+type waiter struct {
+	asker     Asker
+	connected func()
+	gone      chan struct{} // closed when the waiter leaves
+	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
+	// first could be gone by then, and the upstream with it.
+	lease *Lease
+}
+
+// Acquire returns a lease on an upstream for spec: a living one if there is one that may be shared, else the result
+// of one dial that all who ask for the same share, its error too. permit is the attach permit of the client; ask puts
+// the login's questions to the client's person. A client that leaves (ctx) leaves the dial to the others; the last one
+// ends it. The lease must be released.
+func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask Asker) (*Lease, error) {
+	if !permit.Valid(use.Attach, use.Jump) {
+		return nil, errors.New("no permit to attach")
+	}
+	k := flightKey{key: spec.Config.Key()}
+	if spec.Agent != nil {
+		k.agent = spec.Agent.ID()
+	}
+	l, f, w, err := p.join(k, spec, ask)
+	if err != nil {
+		return nil, err
+	}
+	if l != nil {
+		if spec.Connected != nil {
+			spec.Connected()
+		}
+		return l, nil
+	}
+	select {
+	case <-f.done:
+	case <-ctx.Done():
+	}
+	p.leave(f, w)
+	switch {
+	case ctx.Err() == nil && w.lease != nil:
+		return w.lease, nil
+	case ctx.Err() == nil:
+		return nil, f.err
+	case w.lease != nil:
+		w.lease.Release()
+	}
+	return nil, context.Cause(ctx)
+}
+
+// join finds a living upstream, or a flight to wait for, starting one if there is none.
+func (p *Pool) join(k flightKey, spec Spec, ask Asker) (*Lease, *flight, *waiter, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, nil, nil, errClosed
+	}
+	for _, u := range p.ups {
+		if u.serves(k) {
+			return u.leaseLocked(), nil, nil, nil
+		}
+	}
+	w := &waiter{asker: ask, connected: spec.Connected, gone: make(chan struct{})}
+	f := p.flights[k]
+	if f == nil {
+		f = &flight{
+			id: p.lastID.Add(1), target: spec.Target, since: time.Now(),
+			done: make(chan struct{}),
+		}
+		p.flights[k] = f
+		var ctx context.Context
+		ctx, f.cancel = context.WithCancel(p.ctx)
+		spec.Connected = func() { p.tcpUp(f) }
+		p.wg.Go(func() { p.dial(ctx, k, spec, f) })
+	} else if f.tcpUp && w.connected != nil {
+		p.wg.Go(w.connected)
+		w.connected = nil
+	}
+	f.waiters = append(f.waiters, w)
+	return nil, f, w, nil
+}
+
+// leave takes a waiter away. A dial that nobody waits for any more is ended, unless it is over.
+func (p *Pool) leave(f *flight, w *waiter) {
+	p.mu.Lock()
+	f.waiters = slices.DeleteFunc(f.waiters, func(o *waiter) bool { return o == w })
+	close(w.gone)
+	alone := len(f.waiters) == 0
+	if alone {
+		select {
+		case <-f.done:
+		default:
+			// A newcomer must not join a dial that is being ended.
+			p.dropFlightLocked(f)
+		}
+	}
+	p.mu.Unlock()
+	if alone {
+		f.cancel()
+	}
+}
+
+func (p *Pool) dropFlightLocked(f *flight) {
+	for k, o := range p.flights {
+		if o == f {
+			delete(p.flights, k)
+		}
+	}
+}
+
+// tcpUp tells the waiters that the transport is there.
+func (p *Pool) tcpUp(f *flight) {
+	p.mu.Lock()
+	f.tcpUp = true
+	var tell []func()
+	for _, w := range f.waiters {
+		if w.connected != nil {
+			tell = append(tell, w.connected)
+			w.connected = nil
+		}
+	}
+	p.mu.Unlock()
+	for _, c := range tell {
+		c()
+	}
+}
+
+func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
+	defer f.cancel()
+	conn, err := p.dialer.Dial(ctx, spec, flightAsker{p, f})
+
+	p.mu.Lock()
+	p.dropFlightLocked(f)
+	if err == nil && (p.closed || len(f.waiters) == 0) {
+		// Nobody is left to hold it, and an upstream without a client closes at once.
+		defer conn.Close()
+		err = errClosed
+	}
+	var u *upstream
+	if err == nil {
+		u = newUpstream(p, f.id, k, spec, conn)
+		p.ups = append(p.ups, u)
+		for _, w := range f.waiters {
+			w.lease = u.leaseLocked()
+		}
+	} else if f.err = err; f.reason != nil {
+		f.err = f.reason
+	}
+	close(f.done)
+	p.mu.Unlock()
+	if err != nil {
+		p.log.Info().Stringer("target", spec.Target).Err(err).Msg("dial failed")
+		return
+	}
+	s := conn.Server()
+	p.log.Info().Uint64("upstream", f.id).Stringer("target", spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
+		Str("server", use.Printable(s.Version)).Dur("took", time.Since(f.since)).Msg("upstream is up")
+	u.run()
+}
+
+// flightAsker puts a dial's question to the oldest waiting client that can show it; if that one leaves, to the next.
+type flightAsker struct {
+	p *Pool
+	f *flight
+}
+
+// Ask implements Asker.
+func (a flightAsker) Ask(ctx context.Context, q Question) ([]string, error) {
+	asked := map[*waiter]bool{}
+	for {
+		a.p.mu.Lock()
+		var w *waiter
+		for _, o := range a.f.waiters {
+			if !asked[o] {
+				w = o
+				break
+			}
+		}
+		a.p.mu.Unlock()
+		if w == nil {
+			return nil, ErrNobody
+		}
+		asked[w] = true
+		wctx, cancel := context.WithCancel(ctx)
+		go func() {
+			select {
+			case <-w.gone:
+				cancel()
+			case <-wctx.Done():
+			}
+		}()
+		answers, err := w.asker.Ask(wctx, q)
+		left := wctx.Err() != nil
+		cancel()
+		switch {
+		case err == nil:
+			return answers, nil
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case left, errors.Is(err, ErrNobody):
+			continue
+		default:
+			return nil, err
+		}
+	}
+}
+
+// State of an upstream.
+type State string
+
+// The states of an upstream, in the order in which it goes through them.
+const (
+	Dialling State = "dialling"
+	Up       State = "up"
+	Draining State = "draining" // takes no new clients, ends with its last
+)
+
+// ConnInfo is what is known of one upstream at one moment.
+type ConnInfo struct {
+	ID        uint64
+	Target    use.Target
+	Lane      string
+	State     State
+	Since     time.Time
+	LastHeard time.Time
+	Server    ServerInfo
+	Clients   int
+	Channels  int64
+	In, Out   int64 // bytes of channel data: towards the remote host, from it
+}
+
+// List returns all upstreams, those that are being dialled too.
+func (p *Pool) List() []ConnInfo {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	list := make([]ConnInfo, 0, len(p.ups)+len(p.flights))
+	for _, u := range p.ups {
+		list = append(list, u.infoLocked())
+	}
+	for _, f := range p.flights {
+		list = append(list, f.infoLocked())
+	}
+	slices.SortFunc(list, func(a, b ConnInfo) int { return int(a.ID) - int(b.ID) })
+	return list
+}
+
+func (f *flight) infoLocked() ConnInfo {
+	return ConnInfo{
+		ID: f.id, Target: f.target, Lane: laneInteractive, State: Dialling, Since: f.since, Clients: len(f.waiters),
+	}
+}
+
+// Alive reports whether Acquire for spec would be served without a dial.
+func (p *Pool) Alive(spec Spec) bool {
+	k := flightKey{key: spec.Config.Key()}
+	if spec.Agent != nil {
+		k.agent = spec.Agent.ID()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.ContainsFunc(p.ups, func(u *upstream) bool { return u.serves(k) })
+}
+
+// Drain lets the upstreams that match take no new clients; each ends with its last one. It returns how many matched.
+func (p *Pool) Drain(match func(ConnInfo) bool) int {
+	p.mu.Lock()
+	var idle []*upstream
+	n := 0
+	for _, u := range p.ups {
+		if match(u.infoLocked()) {
+			n++
+			u.draining = true
+			if len(u.leases) == 0 {
+				idle = append(idle, u)
+			}
+		}
+	}
+	p.mu.Unlock()
+	for _, u := range idle {
+		u.conn.Close()
+	}
+	return n
+}
+
+// CloseMatching ends the upstreams and dials that match now, with their clients; reason is what those are told. It returns how
+// many matched.
+func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
+	p.mu.Lock()
+	var ups []*upstream
+	for _, u := range p.ups {
+		if match(u.infoLocked()) {
+			u.draining = true
+			u.reason = reason
+			ups = append(ups, u)
+		}
+	}
+	var flights []*flight
+	for _, f := range p.flights {
+		if match(f.infoLocked()) {
+			f.reason = reason
+			flights = append(flights, f)
+		}
+	}
+	p.mu.Unlock()
+	for _, f := range flights {
+		f.cancel()
+	}
+	for _, u := range ups {
+		u.conn.Close()
+	}
+	return len(ups) + len(flights)
+}
+
+var errLost = errors.New("connection lost")
+
+func lostError(t use.Target, cause error) error {
+	if cause != nil {
+		return cause
+	}
+	return fmt.Errorf("%s: %w", t.Addr(), errLost)
+}

@@ -1,0 +1,412 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// laneInteractive is the default lane.
+const laneInteractive = "interactive"
+
+// upstream is one SSH connection to a remote host and what the pool knows of it.
+type upstream struct {
+	pool  *Pool
+	id    uint64
+	key   string
+	spec  Spec
+	conn  Conn
+	since time.Time
+	dead  chan struct{} // closed when the connection has ended and the upstream has left the list
+
+	channels atomic.Int64
+	in, out  atomic.Int64
+
+	// guarded by Pool.mu
+	leases   map[*Lease]struct{}
+	draining bool
+	reason   error  // why we closed it, for its clients
+	idle     uint64 // counts the times that the last client left; a decision about an older idle is void
+
+	fwd forwards
+}
+
+func newUpstream(p *Pool, id uint64, k flightKey, spec Spec, conn Conn) *upstream {
+	u := &upstream{
+		pool: p, id: id, key: k.key, spec: spec, conn: conn, since: time.Now(),
+		dead: make(chan struct{}), leases: map[*Lease]struct{}{},
+	}
+	u.spec.Connected = nil
+	u.fwd.init()
+	return u
+}
+
+// serves tells whether a client with this key may ride; Pool.mu is held. An upstream that an agent's key logged in
+// carries only clients of that agent.
+func (u *upstream) serves(k flightKey) bool {
+	agent := u.conn.Server().AgentID
+	return u.key == k.key && !u.draining && !u.conn.Down() && (agent == "" || agent == k.agent)
+}
+
+func (u *upstream) leaseLocked() *Lease {
+	l := &Lease{up: u, listeners: map[*Listener]struct{}{}}
+	u.leases[l] = struct{}{}
+	return l
+}
+
+func (u *upstream) infoLocked() ConnInfo {
+	state := Up
+	if u.draining {
+		state = Draining
+	}
+	return ConnInfo{
+		ID: u.id, Target: u.spec.Target, Lane: laneInteractive, State: state, Since: u.since, LastHeard: u.conn.LastHeard(),
+		Server: u.conn.Server(), Clients: len(u.leases), Channels: u.channels.Load(), In: u.in.Load(), Out: u.out.Load(),
+	}
+}
+
+// run starts what drains the connection and notices its end. Its goroutines end with the connection; the last one
+// takes the upstream out of the list.
+func (u *upstream) run() {
+	var drains sync.WaitGroup
+	drains.Go(u.serveRequests)
+	drains.Go(u.serveChannels)
+	u.pool.wg.Go(func() {
+		err := u.conn.Wait()
+		u.pool.mu.Lock()
+		u.pool.ups = slices.DeleteFunc(u.pool.ups, func(o *upstream) bool { return o == u })
+		if u.reason == nil {
+			u.reason = lostError(u.spec.Target, u.conn.Cause())
+		}
+		clients := len(u.leases)
+		u.pool.mu.Unlock()
+		close(u.dead)
+		drains.Wait()
+		u.fwd.end()
+		u.pool.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Int("clients", clients).
+			AnErr("cause", u.conn.Cause()).AnErr("transport", err).Msg("upstream has ended")
+	})
+}
+
+// serveRequests answers the server's global requests. keepalive@openssh.com wants any answer; hostkeys-00@openssh.com
+// and whatever else comes are ours to refuse, never a client's.
+func (u *upstream) serveRequests() {
+	for r := range Queue(u.conn.Requests(), maxQueued, func() { u.conn.Close() }) {
+		_ = r.Reply(false, nil) // a dead connection is noticed by its watcher
+	}
+}
+
+// serveChannels hands the channels that the server opens to their owners.
+func (u *upstream) serveChannels() {
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, maxPendingOpens)
+	for nc := range u.conn.Channels() {
+		select {
+		case slots <- struct{}{}:
+		default:
+			_ = nc.Reject(ssh.ResourceShortage, "too many channels are waiting")
+			continue
+		}
+		wg.Go(func() {
+			l := u.fwd.find(u, nc)
+			<-slots
+			if l != nil {
+				l.take(nc)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+const (
+	// maxQueued bounds the requests that wait for someone who does not take them.
+	maxQueued = 4096
+	// maxPendingOpens bounds the channels of a server that wait until their owner is known.
+	maxPendingOpens = 256
+	// maxPendingPerListener bounds those that wait for one owner's answer.
+	maxPendingPerListener = 64
+)
+
+// Queue takes requests from in without ever letting them wait there: x/crypto stops reading the whole connection at
+// the 17th that nobody takes (chanSize in its mux.go). It ends, and closes what it returns, when in is closed and the
+// rest has been taken. Past most waiting requests overflow is called, once, and all further ones are dropped; it must
+// end the connection or channel that sends them. The returned channel must be drained.
+func Queue(in <-chan *ssh.Request, most int, overflow func()) <-chan *ssh.Request {
+	out := make(chan *ssh.Request)
+	go queue(in, out, most, overflow)
+	return out
+}
+
+func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, most int, overflow func()) {
+	defer close(out)
+	var waiting []*ssh.Request
+	over := false
+	for in != nil || len(waiting) > 0 {
+		var next *ssh.Request
+		var to chan<- *ssh.Request
+		if len(waiting) > 0 {
+			next, to = waiting[0], out
+		}
+		select {
+		case r, ok := <-in:
+			switch {
+			case !ok:
+				in = nil
+			case len(waiting) < most && !over:
+				waiting = append(waiting, r)
+			case !over:
+				over = true
+				// Not here: ending a connection may wait for its reader, which may wait for us.
+				go overflow()
+			}
+		case to <- next:
+			waiting[0] = nil
+			waiting = waiting[1:]
+		}
+	}
+}
+
+// release is called when the last client has left: it asks how long the upstream stays, and closes it when that is
+// over and nobody came.
+func (u *upstream) release(idle uint64) {
+	for {
+		ctx, cancel := context.WithTimeout(u.pool.ctx, 10*time.Second)
+		u.pool.mu.Lock()
+		info := u.infoLocked()
+		u.pool.mu.Unlock()
+		until := time.Time{}
+		if info.State == Up {
+			until = u.pool.retainer.Retain(ctx, info)
+		}
+		cancel()
+		wait := time.Until(until)
+		if wait <= 0 {
+			break
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-t.C:
+		case <-u.dead:
+			t.Stop()
+			return
+		}
+		if !u.stillIdle(idle) {
+			return
+		}
+	}
+	u.pool.mu.Lock()
+	if len(u.leases) > 0 || u.idle != idle {
+		u.pool.mu.Unlock()
+		return
+	}
+	// From here on newcomers dial anew; they never meet a closing upstream.
+	u.draining = true
+	u.pool.ups = slices.DeleteFunc(u.pool.ups, func(o *upstream) bool { return o == u })
+	u.pool.mu.Unlock()
+	u.conn.Close()
+}
+
+func (u *upstream) stillIdle(idle uint64) bool {
+	u.pool.mu.Lock()
+	defer u.pool.mu.Unlock()
+	return len(u.leases) == 0 && u.idle == idle
+}
+
+// Lease is a client's hold on its target's upstream. It must be released.
+type Lease struct {
+	up   *upstream
+	once sync.Once
+
+	mu        sync.Mutex // guards what follows
+	released  bool
+	listeners map[*Listener]struct{}
+}
+
+// Lost is closed when the upstream has ended.
+func (l *Lease) Lost() <-chan struct{} { return l.up.dead }
+
+// Down tells that the upstream's transport has failed: an EOF on one of its channels may be because of that.
+func (l *Lease) Down() bool { return l.up.conn.Down() }
+
+// Reason is a person's line about why the upstream has ended; nil before Lost.
+func (l *Lease) Reason() error {
+	l.up.pool.mu.Lock()
+	defer l.up.pool.mu.Unlock()
+	return l.up.reason
+}
+
+// ID is the upstream's number, as in List.
+func (l *Lease) ID() uint64 { return l.up.id }
+
+// Count adds channel data to the upstream's totals: bytes towards the remote host, and bytes from it.
+func (l *Lease) Count(in, out int64) {
+	if in != 0 {
+		l.up.in.Add(in)
+	}
+	if out != 0 {
+		l.up.out.Add(out)
+	}
+}
+
+// Alive tells whether the server has given a sign of life within two keepalive intervals: one that is late is not
+// dead yet, but nothing should vouch for it.
+func (l *Lease) Alive() bool {
+	return !l.up.conn.Down() && time.Since(l.up.conn.LastHeard()) < 2*aliveInterval(l.up.spec.Config.Get("serveraliveinterval"))
+}
+
+func aliveInterval(seconds string) time.Duration {
+	if d, err := time.ParseDuration(seconds + "s"); err == nil && d > 0 {
+		return d
+	}
+	return DefaultAliveInterval
+}
+
+// DefaultAliveInterval is how often a silent upstream is asked for a sign of life where ServerAliveInterval is not set.
+const DefaultAliveInterval = 15 * time.Second
+
+// Release gives the lease back: its remote forwards are cancelled, and with the last lease the upstream ends unless
+// the Retainer keeps it. It returns when nothing of the client is left on the upstream but channels that the caller
+// still holds.
+func (l *Lease) Release() {
+	l.once.Do(func() {
+		l.mu.Lock()
+		l.released = true
+		var listeners []*Listener
+		for ln := range l.listeners {
+			listeners = append(listeners, ln)
+		}
+		l.mu.Unlock()
+		for _, ln := range listeners {
+			ln.Close()
+		}
+
+		u := l.up
+		u.pool.mu.Lock()
+		delete(u.leases, l)
+		last := len(u.leases) == 0
+		if last {
+			u.idle++
+		}
+		idle := u.idle
+		closed := u.pool.closed
+		u.pool.mu.Unlock()
+		if last && !closed {
+			u.pool.wg.Go(func() { u.release(idle) })
+		}
+	})
+}
+
+// Session opens a session channel (RFC 4254 section 6.1). permit is of the kind that starts on it, or attach. The
+// requests must be drained until their channel closes; the caller closes the channel.
+func (l *Lease) Session(ctx context.Context, permit *use.Permit) (ssh.Channel, <-chan *ssh.Request, error) {
+	if !permit.Valid(use.Attach, use.Shell, use.Exec, use.Subsystem) {
+		return nil, nil, errors.New("no permit for a session")
+	}
+	return l.open(ctx, "session", nil)
+}
+
+// Open opens any other kind of channel (RFC 4254 section 5.1); a refusal is an *ssh.OpenChannelError. The requests
+// must be drained until their channel closes; the caller closes the channel.
+func (l *Lease) Open(ctx context.Context, permit *use.Permit, kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	if !permit.Valid(use.LocalForward, use.Jump, use.Other) || kind == "session" {
+		return nil, nil, errors.New("no permit for a channel")
+	}
+	return l.open(ctx, kind, extra)
+}
+
+// Request sends a global request of the kind other and returns the reply (RFC 4254 section 4). It does not outlive
+// ctx.
+func (l *Lease) Request(ctx context.Context, permit *use.Permit, name string, wantReply bool, payload []byte) (bool, []byte, error) {
+	if !permit.Valid(use.Other) {
+		return false, nil, errors.New("no permit for a request")
+	}
+	return l.request(ctx, name, wantReply, payload)
+}
+
+func (l *Lease) request(ctx context.Context, name string, wantReply bool, payload []byte) (bool, []byte, error) {
+	type result struct {
+		ok   bool
+		data []byte
+		err  error
+	}
+	done := make(chan result, 1)
+	l.Go(func() {
+		ok, data, err := l.up.conn.SendRequest(name, wantReply, payload)
+		done <- result{ok, data, err}
+	})
+	select {
+	case r := <-done:
+		return r.ok, r.data, r.err
+	case <-ctx.Done():
+		return false, nil, context.Cause(ctx)
+	}
+}
+
+// Go runs f, which ends with the upstream at the latest, in a goroutine that the pool waits for.
+func (l *Lease) Go(f func()) { l.up.pool.wg.Go(f) }
+
+// Discard refuses what still comes on a channel's requests, until that closes.
+func (l *Lease) Discard(reqs <-chan *ssh.Request) { l.Go(func() { discard(reqs) }) }
+
+// Adopt makes a channel that the server opened count as one of the upstream's. It returns the channel's requests,
+// which must be drained.
+func (l *Lease) Adopt(ch ssh.Channel, reqs <-chan *ssh.Request) <-chan *ssh.Request {
+	return l.up.counted(ch, reqs)
+}
+
+// open does not outlive ctx, but an open that is under way does: it is closed as soon as it has been confirmed.
+func (l *Lease) open(ctx context.Context, kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	type result struct {
+		ch   ssh.Channel
+		reqs <-chan *ssh.Request
+		err  error
+	}
+	u := l.up
+	done := make(chan result)
+	u.pool.wg.Go(func() {
+		ch, reqs, err := u.conn.OpenChannel(kind, extra)
+		if err == nil {
+			reqs = u.counted(ch, reqs)
+		}
+		select {
+		case done <- result{ch, reqs, err}:
+		case <-ctx.Done():
+			if err == nil {
+				ch.Close()
+				discard(reqs)
+			}
+		}
+	})
+	select {
+	case r := <-done:
+		return r.ch, r.reqs, r.err
+	case <-ctx.Done():
+		return nil, nil, context.Cause(ctx)
+	}
+}
+
+// counted keeps the channel in the upstream's count until the server has closed it too, and its requests from
+// blocking the connection.
+func (u *upstream) counted(ch ssh.Channel, in <-chan *ssh.Request) <-chan *ssh.Request {
+	u.channels.Add(1)
+	out := make(chan *ssh.Request)
+	u.pool.wg.Go(func() {
+		defer u.channels.Add(-1)
+		queue(in, out, maxQueued, func() { ch.Close() })
+	})
+	return out
+}
+
+// discard refuses requests until their channel closes.
+func discard(reqs <-chan *ssh.Request) {
+	for r := range reqs {
+		_ = r.Reply(false, nil)
+	}
+}

@@ -1,0 +1,291 @@
+package relay
+
+import (
+	"errors"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// eofGrace is how long an EOF is doubted. x/crypto reports one on every channel when the connection ends. The
+// upstream says beforehand that its transport failed, but for a DISCONNECT or a protocol error only right after.
+const eofGrace = 2 * time.Millisecond
+
+// buffers hold one channel packet's data each (RFC 4254 section 5.2: OpenSSH and x/crypto take 32 KiB).
+var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+
+// link joins a client's channel to an upstream's.
+type link struct {
+	relay      *Relay
+	use        use.Use
+	client     ssh.Channel
+	clientReqs <-chan *ssh.Request
+	server     ssh.Channel
+	serverReqs <-chan *ssh.Request
+	since      time.Time
+
+	in, out atomic.Int64
+
+	turn chan struct{} // of turnWriter; nil: not a session
+
+	clientClosed chan struct{} // the client has closed its side, or is gone
+	serverClosed chan struct{} // the upstream has closed its side, or is gone, and its requests have been passed on
+	ended        chan struct{} // an exit status or signal has been passed on
+	stderrDone   chan struct{} // all of stderr has been passed on
+
+	status atomic.Pointer[use.Result] // how the program ended, set before ended is closed
+}
+
+// newLink makes a link and lists it; run takes it out again. turn is nil for a channel without stderr.
+func (r *Relay) newLink(u use.Use, turn chan struct{}, client ssh.Channel, clientReqs <-chan *ssh.Request,
+	server ssh.Channel, serverReqs <-chan *ssh.Request) *link {
+	k := &link{
+		relay: r, use: u, client: client, clientReqs: clientReqs, server: server, serverReqs: serverReqs,
+		since: time.Now(), turn: turn, clientClosed: make(chan struct{}), serverClosed: make(chan struct{}),
+		ended: make(chan struct{}), stderrDone: make(chan struct{}),
+	}
+	r.mu.Lock()
+	r.links[k] = struct{}{}
+	r.mu.Unlock()
+	return k
+}
+
+func (k *link) isSession() bool { return k.turn != nil }
+
+// run relays data and requests until one side has closed, and closes the other. What the client sent last still goes
+// to the server, for flushTime; what the server sent last goes to the client as long as that reads. If the upstream has
+// ended, the client's channel stays open: the client is about to be cut.
+func (k *link) run() {
+	defer func() {
+		k.relay.mu.Lock()
+		delete(k.relay.links, k)
+		k.relay.mu.Unlock()
+	}()
+	upDone := make(chan struct{})
+	downDone := make(chan struct{})
+	k.relay.lease.Go(k.clientRequests)
+	k.relay.lease.Go(k.serverRequests)
+	k.relay.lease.Go(func() {
+		defer close(upDone)
+		k.copyUp()
+	})
+	k.relay.lease.Go(func() {
+		defer close(downDone)
+		k.copyDown()
+	})
+
+	select {
+	case <-k.clientClosed:
+		k.flush(upDone)
+		k.server.Close()
+	case <-k.serverClosed:
+		<-downDone
+		if k.serverLives() {
+			k.client.Close()
+		}
+	}
+}
+
+// flush waits until what the client sent before it closed has gone on.
+func (k *link) flush(upDone <-chan struct{}) {
+	t := time.NewTimer(flushTime)
+	defer t.Stop()
+	select {
+	case <-upDone:
+	case <-k.serverClosed:
+	case <-t.C:
+	}
+}
+
+// copyUp carries the client's data to the server. It ends with either channel.
+func (k *link) copyUp() {
+	if k.copy(k.server, k.client, &k.in, true) == nil {
+		_ = k.server.CloseWrite() // RFC 4254 section 5.3: EOF is not CLOSE
+	}
+}
+
+// copyDown carries the server's data to the client, and its EOF when that is one.
+func (k *link) copyDown() {
+	var stderr sync.WaitGroup
+	if k.isSession() {
+		stderr.Go(func() {
+			defer close(k.stderrDone)
+			_ = k.copy(turnWriter{k.turn, k.client}, k.server.Stderr(), &k.out, false)
+		})
+	}
+	err := k.copy(k.client, k.server, &k.out, false)
+	stderr.Wait()
+	if err != nil || !k.serverLives() {
+		return
+	}
+	if k.isSession() && !k.relay.noMoreSessions.Load() {
+		// An ssh that is itself a ControlMaster answers EOF with CLOSE, x/crypto answers that at once and forgets the
+		// channel, and the exit status is lost. Such a client never says no-more-sessions.
+		select {
+		case <-k.ended:
+		case <-k.serverClosed:
+		case <-k.clientClosed:
+			return
+		}
+		if k.relay.lease.Down() {
+			return
+		}
+	}
+	_ = k.client.CloseWrite()
+}
+
+// serverLives tells the server's own EOF or CLOSE from the end of the connection.
+func (k *link) serverLives() bool {
+	if k.relay.lease.Down() {
+		return false
+	}
+	select {
+	case <-k.ended:
+		return true
+	default:
+	}
+	t := time.NewTimer(eofGrace)
+	defer t.Stop()
+	select {
+	case <-k.ended:
+		return true
+	case <-k.relay.lease.Lost():
+		return false
+	case <-t.C:
+		return !k.relay.lease.Down()
+	}
+}
+
+// copy moves data until src ends; nil means that it ended by EOF.
+func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) error {
+	buf := buffers.Get().(*[32 << 10]byte)
+	defer buffers.Put(buf)
+	for {
+		n, err := src.Read(buf[:])
+		if n > 0 {
+			if _, err := dst.Write(buf[:n]); err != nil {
+				return err
+			}
+			count.Add(int64(n))
+			if up {
+				k.relay.lease.Count(int64(n), 0)
+			} else {
+				k.relay.lease.Count(0, int64(n))
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// turnWriter writes to a client's stderr when it is its turn: x/crypto allows one writer per stream.
+type turnWriter struct {
+	turn   chan struct{}
+	client ssh.Channel
+}
+
+func (w turnWriter) Write(p []byte) (int, error) {
+	w.turn <- struct{}{}
+	defer func() { <-w.turn }()
+	return w.client.Stderr().Write(p)
+}
+
+// clientRequests passes the client's channel requests on as they come (RFC 4254 section 5.4), those after the start.
+func (k *link) clientRequests() {
+	defer close(k.clientClosed)
+	for q := range k.clientReqs {
+		if _, start := startKind(q.Type); start || q.Type == "x11-req" || isAgentRequest(q.Type) {
+			_ = q.Reply(false, nil) // too late
+			continue
+		}
+		k.relay.forward(k.server, q)
+	}
+}
+
+// serverRequests passes the server's channel requests on as they come. An exit status never waits for EOF: the server
+// may send it before the last data.
+func (k *link) serverRequests() {
+	defer close(k.serverClosed)
+	for q := range k.serverReqs {
+		switch q.Type {
+		case "keepalive@openssh.com":
+			_ = q.Reply(false, nil) // any answer will do
+			continue
+		case "exit-status":
+			var m struct{ Status uint32 }
+			if err := ssh.Unmarshal(q.Payload, &m); err == nil {
+				k.status.Store(&use.Result{Status: "exit", ExitCode: &m.Status})
+			}
+		case "exit-signal":
+			var m struct {
+				Signal     string
+				CoreDumped bool
+				Error      string
+				Lang       string
+			}
+			if err := ssh.Unmarshal(q.Payload, &m); err == nil {
+				k.status.Store(&use.Result{Status: "signal", Signal: m.Signal})
+			}
+		}
+		k.relay.forward(k.client, q)
+		if q.Type == "exit-status" || q.Type == "exit-signal" {
+			select {
+			case <-k.ended: // twice; the client's business
+			default:
+				close(k.ended)
+			}
+		}
+	}
+}
+
+// forward sends a channel request on and its reply back, if one is wanted.
+func (r *Relay) forward(to ssh.Channel, q *ssh.Request) bool {
+	ok, err := r.ask(to, q.Type, q.WantReply, q.Payload)
+	_ = q.Reply(ok && err == nil, nil)
+	return ok && err == nil
+}
+
+// ask is SendRequest that ends with the client. A reply that comes later is thrown away; the goroutine that waits for
+// it ends with the channel.
+func (r *Relay) ask(to ssh.Channel, name string, wantReply bool, payload []byte) (bool, error) {
+	if !wantReply {
+		return to.SendRequest(name, false, payload)
+	}
+	type reply struct {
+		ok  bool
+		err error
+	}
+	done := make(chan reply, 1)
+	r.lease.Go(func() {
+		ok, err := to.SendRequest(name, true, payload)
+		done <- reply{ok, err}
+	})
+	select {
+	case a := <-done:
+		return a.ok, a.err
+	case <-r.ctx.Done():
+		return false, r.ctx.Err()
+	}
+}
+
+// result is how the link ended, for the audit.
+func (k *link) result() use.Result {
+	res := use.Result{Status: "closed"}
+	if st := k.status.Load(); st != nil {
+		res = *st
+	}
+	if k.relay.lease.Down() && res.ExitCode == nil && res.Signal == "" {
+		res.Status = "cut"
+	}
+	res.In, res.Out = k.in.Load(), k.out.Load()
+	return res
+}

@@ -1,0 +1,342 @@
+// Package relay carries channels and requests between one client and its upstream, by the rules of RFC 4254 and
+// OpenSSH's PROTOCOL.
+package relay
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// Client is what a front door offers of one local client. Channels and Requests are read by Run only.
+type Client interface {
+	ID() uint64
+	Caller() use.Caller
+	Target() use.Target
+	// OpenSSH tells whether the client is OpenSSH's, which sends a session's whole set-up without waiting.
+	OpenSSH() bool
+	Channels() <-chan ssh.NewChannel
+	Requests() <-chan *ssh.Request
+	OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error)
+	SendRequest(name string, wantReply bool, payload []byte) (bool, []byte, error)
+	// Done is closed when the client's transport has ended.
+	Done() <-chan struct{}
+	// Close cuts the client off.
+	Close() error
+}
+
+const (
+	// maxQueued bounds the requests and channel opens of one client that wait; a client past it is cut.
+	maxQueued = 4096
+	// flushTime is how long what a client sent before it left may take to go on to the server.
+	flushTime = 5 * time.Second
+	// lastWordTime is how long a client may take to read why it is cut.
+	lastWordTime = time.Second
+	// reassureEvery is below the smallest ServerAliveInterval that ssh takes.
+	reassureEvery = 900 * time.Millisecond
+	// aliveEvery is how often a keepalive that must not be answered yet looks again.
+	aliveEvery = 250 * time.Millisecond
+)
+
+// Relay is one client on its lease.
+type Relay struct {
+	client Client
+	lease  *pool.Lease
+	gate   use.Gate
+	attach *use.Permit
+	log    zerolog.Logger
+
+	ctx    context.Context // ends with the client
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // everything that Run started and waits for
+
+	noMoreSessions atomic.Bool
+	opening        atomic.Int64 // channels of the client between its open and our answer
+
+	globals globals
+
+	mu        sync.Mutex // guards what follows
+	links     map[*link]struct{}
+	sessions  map[*session]struct{} // started or not
+	listeners map[pool.Addr]*forward
+}
+
+// New prepares a relay for a client that has been let in. attach is its permit; Run ends neither it nor the lease.
+func New(c Client, l *pool.Lease, gate use.Gate, attach *use.Permit, log zerolog.Logger) *Relay {
+	r := &Relay{
+		client: c, lease: l, gate: gate, attach: attach, log: log,
+		links: map[*link]struct{}{}, sessions: map[*session]struct{}{}, listeners: map[pool.Addr]*forward{},
+	}
+	r.globals.init()
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	return r
+}
+
+// Run relays until the client's transport has ended, and cuts it when the upstream ends. When it returns nothing
+// works for the client any more.
+func (r *Relay) Run() {
+	r.wg.Go(r.serveGlobals)
+	r.wg.Go(r.watchUpstream)
+	r.dispatch()
+	r.cancel()
+	r.wg.Wait()
+	r.endForwards()
+}
+
+// dispatch takes what the client opens and asks, and never blocks. x/crypto hands channels and global requests over
+// by two Go channels, but puts each there in the order of the wire: what was sent before something that has been
+// received is already in the other one.
+func (r *Relay) dispatch() {
+	channels, requests := r.client.Channels(), r.client.Requests()
+	takeChannels := func() {
+		for {
+			select {
+			case nc, ok := <-channels:
+				if !ok {
+					channels = nil
+					return
+				}
+				r.open(nc, false)
+			default:
+				return
+			}
+		}
+	}
+	take := func(q *ssh.Request) {
+		if q.Type == "no-more-sessions@openssh.com" {
+			takeChannels() // ssh opens its session, and then says so
+		}
+		r.request(q)
+	}
+	takeRequests := func() {
+		for {
+			select {
+			case q, ok := <-requests:
+				if !ok {
+					requests = nil
+					return
+				}
+				take(q)
+			default:
+				return
+			}
+		}
+	}
+	for channels != nil || requests != nil {
+		select {
+		case nc, ok := <-channels:
+			if !ok {
+				channels = nil
+				continue
+			}
+			late := r.noMoreSessions.Load()
+			takeRequests()
+			r.open(nc, late)
+		case q, ok := <-requests:
+			if !ok {
+				requests = nil
+				continue
+			}
+			take(q)
+		}
+	}
+}
+
+// open starts what serves a channel of the client. It does not pass it on before the client's earlier global requests
+// have been answered, or ExitOnForwardFailure would come too late. late: the client had said no-more-sessions.
+func (r *Relay) open(nc ssh.NewChannel, late bool) {
+	earlier := r.globals.barrier()
+	if nc.ChannelType() == "session" && late {
+		r.reject(nc, ssh.Prohibited, "no more sessions: the client said so itself")
+		return
+	}
+	if r.opening.Add(1) > maxQueued {
+		r.log.Warn().Msg("client cut: too many channel opens wait")
+		r.client.Close()
+	}
+	r.wg.Go(func() {
+		switch nc.ChannelType() {
+		case "session":
+			r.session(nc, earlier)
+		case "tun@openssh.com":
+			// x/crypto joins packets, and a tun channel's packets are its frames.
+			r.opening.Add(-1)
+			_ = nc.Reject(ssh.Prohibited, "muxproxy can't carry tun devices; set MUXPROXY_BYPASS=1")
+		default:
+			r.direct(nc, earlier)
+		}
+	})
+}
+
+// reject answers without blocking dispatch on a client that does not read.
+func (r *Relay) reject(nc ssh.NewChannel, reason ssh.RejectionReason, text string) {
+	r.wg.Go(func() { _ = nc.Reject(reason, text) })
+}
+
+// direct serves direct-tcpip (RFC 4254 section 7.2), direct-streamlocal@openssh.com (PROTOCOL, 2.4) and, as the kind
+// other, channels that have no name here.
+func (r *Relay) direct(nc ssh.NewChannel, earlier <-chan struct{}) {
+	ch, k, permit := r.openDirect(nc, earlier)
+	r.opening.Add(-1)
+	if ch == nil {
+		return
+	}
+	k.run()
+	permit.End(k.result())
+}
+
+func (r *Relay) openDirect(nc ssh.NewChannel, earlier <-chan struct{}) (ssh.Channel, *link, *use.Permit) {
+	u := r.use(use.Other)
+	u.Name = nc.ChannelType()
+	switch nc.ChannelType() {
+	case "direct-tcpip":
+		var m struct {
+			Host       string
+			Port       uint32
+			Origin     string
+			OriginPort uint32
+		}
+		if err := ssh.Unmarshal(nc.ExtraData(), &m); err != nil {
+			_ = nc.Reject(ssh.ConnectionFailed, "malformed direct-tcpip")
+			return nil, nil, nil
+		}
+		u.Kind, u.Name, u.Addr = use.LocalForward, "", pool.Addr{Host: m.Host, Port: m.Port}.String()
+	case "direct-streamlocal@openssh.com":
+		var m struct {
+			Path         string
+			Reserved     string
+			ReservedPort uint32
+		}
+		if err := ssh.Unmarshal(nc.ExtraData(), &m); err != nil {
+			_ = nc.Reject(ssh.ConnectionFailed, "malformed direct-streamlocal@openssh.com")
+			return nil, nil, nil
+		}
+		u.Kind, u.Name, u.Addr = use.LocalForward, "", m.Path
+	}
+	if !r.wait(earlier) {
+		return nil, nil, nil
+	}
+	permit, denied := r.gate.Decide(r.ctx, u, nil)
+	if denied != nil {
+		_ = nc.Reject(ssh.Prohibited, "muxproxy: "+denied.Error())
+		return nil, nil, nil
+	}
+	server, serverReqs, err := r.lease.Open(r.ctx, permit, nc.ChannelType(), nc.ExtraData())
+	if err != nil {
+		reason, text := refusal(err)
+		_ = nc.Reject(reason, text)
+		permit.End(use.Result{Status: "refused", Err: text})
+		return nil, nil, nil
+	}
+	client, clientReqs, err := nc.Accept()
+	if err != nil {
+		r.abandon(server, serverReqs)
+		permit.End(use.Result{Status: "closed", Err: err.Error()})
+		return nil, nil, nil
+	}
+	k := r.newLink(u, nil, client, r.queue(clientReqs), server, serverReqs)
+	return client, k, permit
+}
+
+// refusal is what a client is told about an upstream's refusal: reason and text as they came.
+func refusal(err error) (ssh.RejectionReason, string) {
+	var e *ssh.OpenChannelError
+	if errors.As(err, &e) {
+		return e.Reason, e.Message
+	}
+	return ssh.ConnectionFailed, "muxproxy: " + err.Error()
+}
+
+// abandon closes an upstream channel that found no client.
+func (r *Relay) abandon(server ssh.Channel, reqs <-chan *ssh.Request) {
+	server.Close()
+	r.lease.Discard(reqs)
+}
+
+// queue keeps a client's channel requests from blocking its connection; a client past the bound is cut.
+func (r *Relay) queue(reqs <-chan *ssh.Request) <-chan *ssh.Request {
+	return pool.Queue(reqs, maxQueued, func() {
+		r.log.Warn().Msg("client cut: too many channel requests wait")
+		r.client.Close()
+	})
+}
+
+// wait returns true when earlier is closed, false if the client ends first.
+func (r *Relay) wait(earlier <-chan struct{}) bool {
+	select {
+	case <-earlier:
+		return true
+	case <-r.ctx.Done():
+		return false
+	}
+}
+
+// use is a use of this client.
+func (r *Relay) use(kind use.Kind) use.Use {
+	return use.Use{Kind: kind, Client: r.client.ID(), Caller: r.client.Caller(), Target: r.client.Target()}
+}
+
+// watchUpstream cuts the client when the upstream ends. Cutting, and never an EOF: a truncated copy must not look
+// complete.
+func (r *Relay) watchUpstream() {
+	select {
+	case <-r.ctx.Done():
+		return
+	case <-r.lease.Lost():
+	}
+	r.Cut(r.lease.Reason())
+}
+
+// Cut ends the client, after its sessions have been told why, if they read.
+func (r *Relay) Cut(reason error) {
+	line := reason.Error()
+	var told sync.WaitGroup
+	r.mu.Lock()
+	for s := range r.sessions {
+		told.Go(func() { s.lastWord(line) })
+	}
+	r.mu.Unlock()
+	told.Wait()
+	r.client.Close()
+}
+
+func (r *Relay) snapshot() []*link {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	links := make([]*link, 0, len(r.links))
+	for k := range r.links {
+		links = append(links, k)
+	}
+	slices.SortFunc(links, func(a, b *link) int { return a.since.Compare(b.since) })
+	return links
+}
+
+// Channel is one open channel or remote forward, for status.
+type Channel struct {
+	Use     use.Use
+	Since   time.Time
+	In, Out int64
+}
+
+// Channels lists what is open.
+func (r *Relay) Channels() []Channel {
+	var list []Channel
+	for _, k := range r.snapshot() {
+		list = append(list, Channel{Use: k.use, Since: k.since, In: k.in.Load(), Out: k.out.Load()})
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, f := range r.listeners {
+		list = append(list, Channel{Use: f.permit.Use(), Since: f.since})
+	}
+	return list
+}

@@ -1,0 +1,326 @@
+package upstream
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+const (
+	defaultAliveInterval = 15 * time.Second
+	defaultAliveCount    = 3
+)
+
+// transport is the stream below an SSH connection. It notes every sign of life, and the first reason to end before
+// x/crypto/ssh hears of it.
+type transport struct {
+	net.Conn
+	host string
+
+	in   atomic.Int64 // bytes read
+	last atomic.Int64 // when the last of them came, in Unix nanoseconds: a wall clock goes on while the machine sleeps
+	down atomic.Bool
+
+	waiting atomic.Bool // somebody waits for heard
+	ready   atomic.Bool // the handshake is over
+
+	mu    sync.Mutex // guards what follows
+	heard chan struct{}
+	local bool // we closed it
+	cause string
+	early []byte // what came first, until the handshake is over
+}
+
+// maxEarly is enough for the lines that a server or a proxy may send before it identifies itself (RFC 4253 section 4.2), where
+// they matter to a person.
+const maxEarly = 1024
+
+func newTransport(c net.Conn, host string) *transport {
+	t := &transport{Conn: c, host: host}
+	t.last.Store(time.Now().UnixNano())
+	return t
+}
+
+func (t *transport) Read(p []byte) (int, error) {
+	n, err := t.Conn.Read(p)
+	if n > 0 {
+		t.last.Store(time.Now().UnixNano())
+		t.in.Add(int64(n))
+		if !t.ready.Load() {
+			t.mu.Lock()
+			t.early = append(t.early, p[:min(n, maxEarly-len(t.early))]...)
+			t.mu.Unlock()
+		}
+		if t.waiting.Load() {
+			t.wake()
+		}
+	}
+	if err != nil {
+		t.fail(readText(err))
+	}
+	return n, err
+}
+
+func (t *transport) Write(p []byte) (int, error) {
+	n, err := t.Conn.Write(p)
+	if err != nil {
+		t.fail(readText(err))
+		t.Conn.Close() // so that the reader ends, too
+	}
+	return n, err
+}
+
+// Close is called by x/crypto/ssh once it has failed. It does not say that we wanted it.
+func (t *transport) Close() error {
+	t.down.Store(true)
+	t.wake()
+	return t.Conn.Close()
+}
+
+// closeLocal is Close because we want it.
+func (t *transport) closeLocal() error {
+	t.mu.Lock()
+	t.local = t.local || t.cause == ""
+	t.mu.Unlock()
+	return t.Close()
+}
+
+// fail records why the connection ends, if that is not known yet.
+func (t *transport) fail(cause string) {
+	t.mu.Lock()
+	// After a Close by x/crypto/ssh or us the reader fails too, which says nothing.
+	if t.cause == "" && !t.local && !t.down.Load() {
+		t.cause = cause
+	}
+	t.mu.Unlock()
+	t.down.Store(true)
+	t.wake()
+}
+
+// end records what x/crypto/ssh ended with, for an end that the stream had no part in.
+func (t *transport) end(cause string) {
+	t.mu.Lock()
+	if t.cause == "" && !t.local {
+		t.cause = cause
+	}
+	t.mu.Unlock()
+	t.down.Store(true)
+	t.wake()
+}
+
+func (t *transport) failure() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.cause == "" {
+		return nil
+	}
+	return errors.New(t.cause)
+}
+
+// next returns a channel that closes with the next byte or the end.
+func (t *transport) next() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.heard == nil {
+		t.heard = make(chan struct{})
+		t.waiting.Store(true)
+	}
+	return t.heard
+}
+
+func (t *transport) wake() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.heard != nil {
+		close(t.heard)
+		t.heard = nil
+		t.waiting.Store(false)
+	}
+}
+
+// established forgets what is only needed to explain a failed handshake.
+func (t *transport) established() {
+	t.ready.Store(true)
+	t.mu.Lock()
+	t.early = nil
+	t.mu.Unlock()
+}
+
+// identified reports whether the peer has sent an identification string.
+func (t *transport) identified() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return bytes.HasPrefix(t.early, []byte("SSH-")) || bytes.Contains(t.early, []byte("\nSSH-"))
+}
+
+// preamble is the last line that came from a peer that did not identify itself.
+func (t *transport) preamble() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	lines := strings.Split(strings.TrimSpace(string(t.early)), "\n")
+	return strings.TrimSpace(lines[len(lines)-1])
+}
+
+func readText(err error) string {
+	if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.EPIPE) {
+		return "connection closed by the remote host"
+	}
+	return systemText(err)
+}
+
+// conn implements pool.Conn. Its goroutines end with the connection; the one that waits for it waits for them, too.
+type conn struct {
+	ssh.Conn
+	t        *transport
+	channels <-chan ssh.NewChannel
+	requests <-chan *ssh.Request
+	info     pool.ServerInfo
+
+	ping  chan struct{} // asks for a keepalive; one slot, since one outstanding request is enough
+	ended chan struct{} // the connection is over
+	done  chan struct{} // and its goroutines are
+	err   error         // of x/crypto/ssh; set before done closes
+}
+
+var _ pool.Conn = (*conn)(nil)
+
+func newConn(sc ssh.Conn, channels <-chan ssh.NewChannel, requests <-chan *ssh.Request, t *transport,
+	info pool.ServerInfo, interval time.Duration, count int) *conn {
+	c := &conn{
+		Conn: sc, t: t, channels: channels, requests: requests, info: info,
+		ping: make(chan struct{}, 1), ended: make(chan struct{}), done: make(chan struct{}),
+	}
+	var helpers sync.WaitGroup
+	helpers.Go(c.pinger)
+	helpers.Go(func() { c.keepAlive(interval, count) })
+	go func() {
+		c.err = sc.Wait()
+		c.t.end(endText(c.err))
+		close(c.ended)
+		helpers.Wait()
+		close(c.done)
+	}()
+	return c
+}
+
+// endText explains an end that x/crypto/ssh found in the protocol.
+func endText(err error) string {
+	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
+		return "connection closed by the remote host"
+	}
+	if text, ok := disconnectText(err); ok {
+		return "the server ended the connection: " + use.Printable(text)
+	}
+	return "protocol error: " + use.Printable(strings.TrimPrefix(err.Error(), "ssh: "))
+}
+
+func (c *conn) Channels() <-chan ssh.NewChannel { return c.channels }
+func (c *conn) Requests() <-chan *ssh.Request   { return c.requests }
+func (c *conn) Server() pool.ServerInfo         { return c.info }
+func (c *conn) Down() bool                      { return c.t.down.Load() }
+func (c *conn) LastHeard() time.Time            { return time.Unix(0, c.t.last.Load()) }
+
+// Close ends the connection. The first call decides whether that was our wish; it may be called again.
+func (c *conn) Close() error {
+	if err := c.t.closeLocal(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+// Wait returns when the connection has ended and nothing of it runs any more: the Cause, or nil if we closed it.
+func (c *conn) Wait() error {
+	<-c.done
+	return c.Cause()
+}
+
+func (c *conn) Cause() error {
+	if failure := c.t.failure(); failure != nil {
+		return &Error{Host: c.t.host, Msg: failure.Error(), Err: failure}
+	}
+	return nil
+}
+
+// Probe asks the peer for a sign of life. Any byte that comes after the start of Probe is one.
+func (c *conn) Probe(ctx context.Context) error {
+	before := c.t.in.Load()
+	for {
+		heard := c.t.next()
+		switch {
+		case c.Down():
+			if cause := c.Cause(); cause != nil {
+				return cause
+			}
+			return &Error{Host: c.t.host, Msg: "connection closed", Err: net.ErrClosed}
+		case c.t.in.Load() != before:
+			return nil
+		}
+		c.poke()
+		select {
+		case <-heard:
+		case <-ctx.Done():
+			return &Error{Host: c.t.host, Msg: "no sign of life from the server", Err: ctx.Err()}
+		}
+	}
+}
+
+// poke asks for a keepalive if none is under way.
+func (c *conn) poke() {
+	select {
+	case c.ping <- struct{}{}:
+	default:
+	}
+}
+
+// pinger sends keepalives, one at a time. Global requests carry no ids (RFC 4254 section 4), so a reply can wait behind one
+// that the peer is slow to answer; its bytes are life all the same.
+func (c *conn) pinger() {
+	for {
+		select {
+		case <-c.ping:
+		case <-c.ended:
+			return
+		}
+		if _, _, err := c.Conn.SendRequest("keepalive@openssh.com", true, nil); err != nil {
+			return // the connection has ended
+		}
+	}
+}
+
+// keepAlive ends the connection when count keepalives, one per interval of silence, brought nothing back.
+func (c *conn) keepAlive(interval time.Duration, count int) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	heard, missed := c.t.in.Load(), 0
+	for {
+		select {
+		case <-tick.C:
+		case <-c.ended:
+			return
+		}
+		if now := c.t.in.Load(); now != heard {
+			heard, missed = now, 0
+			continue
+		}
+		if missed >= count {
+			c.t.fail(fmt.Sprintf("no answer to %d keepalives in %s", count, time.Duration(count)*interval))
+			c.t.Conn.Close()
+			return
+		}
+		missed++
+		c.poke()
+	}
+}

@@ -1,0 +1,112 @@
+package use
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"slices"
+	"strconv"
+	"sync/atomic"
+	"time"
+)
+
+// Check is one judge of uses. It returns nil if it has nothing against u. It may ask a person, but returns soon after
+// ctx is done. It is called by many goroutines at once.
+type Check func(ctx context.Context, u Use, say func(string)) *Denied
+
+// NewGate returns a gate that asks the checks in their order, takes the first denial, and allows what none denies. A use
+// of a kind that Kinds does not list is denied. Every decision goes to audit, which may be nil and which the caller
+// closes after the last use has ended.
+func NewGate(audit *Audit, checks ...Check) Gate {
+	var b [4]byte
+	rand.Read(b[:]) // never fails
+	return &gate{audit: audit, checks: checks, prefix: hex.EncodeToString(b[:]) + "-"}
+}
+
+type gate struct {
+	audit  *Audit
+	checks []Check
+	prefix string // tells this gate's ids from those of earlier masters in the same log
+	last   atomic.Uint64
+}
+
+// Decide implements Gate.
+func (g *gate) Decide(ctx context.Context, u Use, say func(string)) (*Permit, *Denied) {
+	began := time.Now()
+	if say == nil {
+		say = func(string) {}
+	}
+	denied := g.ask(ctx, u, say)
+	now := time.Now()
+	id := g.prefix + strconv.FormatUint(g.last.Add(1), 10)
+	g.audit.decision(id, u, denied, now, now.Sub(began))
+	if denied != nil {
+		return nil, denied
+	}
+	return &Permit{&permit{gate: g, id: id, use: u, since: now}}, nil
+}
+
+func (g *gate) ask(ctx context.Context, u Use, say func(string)) *Denied {
+	if !slices.Contains(kinds, u.Kind) {
+		return &Denied{By: "gate", Reason: "unknown kind of use " + strconv.Quote(Printable(string(u.Kind)))}
+	}
+	for _, check := range g.checks {
+		if ctx.Err() != nil {
+			break
+		}
+		if d := check(ctx, u, say); d != nil {
+			return d
+		}
+	}
+	switch err := ctx.Err(); {
+	case err == nil:
+		return nil
+	case errors.Is(err, context.DeadlineExceeded):
+		return &Denied{By: "gate", Reason: "no decision in time", Hint: "try again"}
+	default:
+		return &Denied{By: "gate", Reason: "whoever asked left before the decision"}
+	}
+}
+
+// Permit is leave to do one use once. Only a gate makes one that is valid. Whoever gets it calls End when the use is
+// over, however it ends. It may be used by many goroutines.
+type Permit struct{ p *permit }
+
+type permit struct {
+	gate  *gate
+	id    string
+	use   Use
+	since time.Time
+	ended atomic.Bool
+}
+
+// Use returns what was permitted; the zero Use for a permit that no gate made.
+func (p *Permit) Use() Use {
+	if p == nil || p.p == nil {
+		return Use{}
+	}
+	return p.p.use
+}
+
+// ID names the use in the audit log; "" for a permit that no gate made.
+func (p *Permit) ID() string {
+	if p == nil || p.p == nil {
+		return ""
+	}
+	return p.p.id
+}
+
+// Valid reports whether a gate made p, it has not ended, and its use is of one of kinds (of any, if none are given).
+func (p *Permit) Valid(kinds ...Kind) bool {
+	return p != nil && p.p != nil && !p.p.ended.Load() && (len(kinds) == 0 || slices.Contains(kinds, p.p.use.Kind))
+}
+
+// End says how the use ended. The first call counts, later ones and those on an invalid permit do nothing.
+func (p *Permit) End(r Result) {
+	if p == nil || p.p == nil || p.p.ended.Swap(true) {
+		return
+	}
+	now := time.Now()
+	p.p.gate.audit.end(p.p.id, r, now, now.Sub(p.p.since))
+}
