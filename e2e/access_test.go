@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -145,7 +146,7 @@ func knock(paths []string) int {
 func knockAt(path string) string {
 	c, err := net.Dial("unix", path)
 	switch {
-	case os.IsPermission(err):
+	case errors.Is(err, os.ErrPermission):
 		return "no permission"
 	case err != nil:
 		return err.Error()

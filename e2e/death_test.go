@@ -80,9 +80,10 @@ func TestAKilledSSHLeavesNothingInTheMaster(t *testing.T) {
 				w.sshStart("box", "cat >/dev/null"), // has input on the way
 			}
 			dead[2].expect("y\n")
+			in := dead[3].in
 			go func() { // fills the pipe until ssh is gone
 				for {
-					if _, err := dead[3].in.Write(make([]byte, 32<<10)); err != nil {
+					if _, err := in.Write(make([]byte, 32<<10)); err != nil {
 						return
 					}
 				}

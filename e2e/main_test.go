@@ -10,11 +10,13 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,13 +32,14 @@ var (
 	bigMode   = os.Getenv("E2E_BIG") == "1"
 	raceBuild = os.Getenv("E2E_RACE") != "0" && !bigMode
 
-	binDir   string // where muxproxy and muxproxyd were built; "" in plain mode
+	binDir   string // where muxproxy and muxproxyd are; "" in plain mode
 	me       string // the user who runs the tests, locally and remotely
 	hostKeys []hostKey
 	sshdPath string
 	// sshdExtra are options that only some versions of sshd know.
 	sshdExtra []string
-	noTTY     string // why sshd can't give this user a terminal; "": it can
+	before    map[int][]string // processes when the tests began
+	noTTY     string           // why sshd can't give this user a terminal; "": it can
 )
 
 // hostKey is one key of every sshd here. Making an RSA key takes longer than most tests, so all worlds share them.
@@ -50,6 +53,13 @@ type hostKey struct {
 func TestMain(m *testing.M) {
 	if name := os.Getenv("E2E_HELPER"); name != "" {
 		os.Exit(helper(name, os.Args[1:]))
+	}
+	// Most tests wait for processes more than they compute.
+	if parallel := flag.Lookup("test.parallel"); runtime.GOMAXPROCS(0) < 4 {
+		if err := parallel.Value.Set("4"); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e:", err)
+			os.Exit(1)
+		}
 	}
 	os.Exit(run(m))
 }
@@ -65,10 +75,11 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		return 1
 	}
+	before = processes()
 	status := m.Run()
-	for pid, args := range processes() {
-		if strings.HasPrefix(args[0], dir+"/") && !gone(pid) {
-			fmt.Fprintf(os.Stderr, "e2e: process %d outlived its test: %q\n", pid, args)
+	for _, pid := range ours() {
+		if !gone(pid) {
+			fmt.Fprintf(os.Stderr, "e2e: process %d outlived its test: %q\n", pid, processes()[pid])
 			kill9(pid)
 			status = 1
 		}
@@ -109,6 +120,10 @@ func prepare(dir string) error {
 	}
 	if plainMode {
 		return nil
+	}
+	if given := os.Getenv("E2E_BIN"); given != "" {
+		binDir, err = filepath.Abs(given)
+		return err
 	}
 	binDir = dir
 	if err := os.Chmod(dir, 0o755); err != nil {
@@ -216,6 +231,24 @@ func remoteTTY(t testing.TB) bool {
 		t.Log(noTTY)
 	}
 	return noTTY == ""
+}
+
+// ours are the living processes of the programs under test.
+func ours() []int {
+	var pids []int
+	for pid, args := range processes() {
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+		switch {
+		case err == nil:
+			if strings.HasPrefix(exe, binDir+"/") && binDir != "" {
+				pids = append(pids, pid)
+			}
+		case filepath.Base(args[0]) == "muxproxyd" && before[pid] == nil:
+			// A master is not dumpable, so only root may see what it executes.
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // processes returns the arguments of every process that has any, by process id. They are readable for everyone, unlike

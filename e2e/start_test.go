@@ -6,19 +6,17 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
 
-// masters are the masters that this run's programs started and that live.
-func (w *world) masters() []int {
-	var pids []int
-	for pid, args := range processes() {
-		if strings.HasPrefix(args[0], binDir+"/muxproxyd") && len(args) > 1 && args[1] == "master" {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+// masters are those that this run's programs started and that live.
+func masters() []int {
+	return slices.DeleteFunc(ours(), func(pid int) bool {
+		args := processes()[pid]
+		return len(args) < 2 || args[1] != "master" || gone(pid)
+	})
 }
 
 func TestFiftyAtOnceFromColdStartOneMasterAndOneConnection(t *testing.T) {
@@ -39,7 +37,7 @@ func TestFiftyAtOnceFromColdStartOneMasterAndOneConnection(t *testing.T) {
 			}
 			// All are there at once; now they may go.
 			if m != plain {
-				if masters := w.masters(); len(masters) != 1 {
+				if masters := masters(); len(masters) != 1 {
 					t.Errorf("%d masters live: %v", len(masters), masters)
 				}
 				if s := w.mustStatus(); len(s.Clients) != 50 {

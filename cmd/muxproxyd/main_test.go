@@ -6,10 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -41,11 +44,11 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(home) })
-	runtime := filepath.Join(home, "run")
-	if err := os.Mkdir(runtime, 0o700); err != nil {
+	run := filepath.Join(home, "run")
+	if err := os.Mkdir(run, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t: t, env: map[string]string{"HOME": home, "XDG_RUNTIME_DIR": runtime}}
+	w := &world{t: t, env: map[string]string{"HOME": home, "XDG_RUNTIME_DIR": run}}
 	if w.dirs, err = paths.Find(w.getenv); err != nil {
 		t.Fatal(err)
 	}
@@ -595,5 +598,36 @@ func TestLogFollow(t *testing.T) {
 	cancel()
 	if status := <-done; status != exitYes {
 		t.Errorf("status %d", status)
+	}
+}
+
+func TestAlive(t *testing.T) {
+	if !alive(os.Getpid()) {
+		t.Error("this process is not alive")
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, "-test.run=^$")
+	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // the race detector would wait for a second
+	in, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, in); err != nil {
+		t.Fatal(err)
+	}
+	for runtime.GOOS == "linux" && alive(cmd.Process.Pid) { // ends though nobody has waited for the process yet
+		runtime.Gosched()
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if alive(cmd.Process.Pid) || alive(0) {
+		t.Error("a process that has ended is alive")
 	}
 }

@@ -160,6 +160,7 @@ func TestStatus(t *testing.T) {
 		})
 	}
 	// Text that no protobuf string can hold must not cost the whole answer.
+	fill(reflect.ValueOf(&b.status).Elem())
 	b.status.Clients[0].Alias = "a\xff"
 	if got, err := m.Status(t.Context()); err != nil || got.Clients[0].Alias != "a\uFFFD" {
 		t.Errorf("alias %q, %v", got.Clients[0].Alias, err)

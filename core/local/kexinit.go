@@ -51,8 +51,7 @@ type opening struct {
 
 func (o *opening) openSSH() bool { return strings.HasPrefix(o.version, "SSH-2.0-OpenSSH") }
 
-// readOpening reads a client's identification string and its KEXINIT, and not a byte more than r's buffer takes
-// beyond them: the caller replays raw and goes on with r.
+// readOpening reads a client's identification string and its KEXINIT. What r's buffer takes beyond them is replayed too.
 func readOpening(r *bufio.Reader) (*opening, error) {
 	o := &opening{}
 	line, err := readLine(r)
@@ -136,5 +135,8 @@ func (o *opening) algorithms() ssh.Config {
 	return c
 }
 
-// replay is the reader that x/crypto sees: the opening again, then the rest.
-func (o *opening) replay(r io.Reader) io.Reader { return io.MultiReader(bytes.NewReader(o.raw), r) }
+// replay is the reader that x/crypto sees: the opening again, what in has read beyond it, then the rest of conn.
+func (o *opening) replay(in *bufio.Reader, conn io.Reader) io.Reader {
+	beyond, _ := in.Peek(in.Buffered())
+	return io.MultiReader(bytes.NewReader(append(o.raw, beyond...)), conn)
+}

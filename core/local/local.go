@@ -51,9 +51,6 @@ func (c *Conn) Channels() <-chan ssh.NewChannel { return c.channels }
 // Requests are the client's global requests (RFC 4254 section 4).
 func (c *Conn) Requests() <-chan *ssh.Request { return c.requests }
 
-// Done is closed when the client's transport has ended, in whatever way.
-func (c *Conn) Done() <-chan struct{} { return c.stream.done }
-
 // OpenSSH tells whether the client calls itself OpenSSH.
 func (c *Conn) OpenSSH() bool { return c.openSSH }
 
@@ -124,7 +121,7 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 	if err != nil {
 		return nil, endError(ctx, err)
 	}
-	s.r = o.replay(in)
+	s.r = o.replay(in, s.Conn)
 
 	config := &ssh.ServerConfig{
 		Config:        o.algorithms(),
@@ -204,7 +201,7 @@ type stream struct {
 	net.Conn
 	r       io.Reader   // where to read; set before x/crypto reads
 	swallow int         // bytes of identification still to be swallowed; owned by the writer of the handshake
-	gone    atomic.Bool // a read failed
+	gone    atomic.Bool // a read or write failed
 	done    chan struct{}
 	once    sync.Once // closes done
 	closing sync.Once // closes Conn
@@ -217,24 +214,26 @@ func newStream(c net.Conn) *stream {
 
 func (s *stream) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
+	return n, s.noted(err)
+}
+
+func (s *stream) Write(p []byte) (int, error) {
+	swallowed := min(s.swallow, len(p))
+	s.swallow -= swallowed
+	if swallowed == len(p) {
+		return len(p), nil
+	}
+	n, err := s.Conn.Write(p[swallowed:])
+	return swallowed + n, s.noted(err)
+}
+
+// noted notices that the peer is gone.
+func (s *stream) noted(err error) error {
 	if err != nil {
 		s.gone.Store(true)
 		s.once.Do(func() { close(s.done) })
 	}
-	return n, err
-}
-
-func (s *stream) Write(p []byte) (int, error) {
-	if s.swallow > 0 {
-		n := min(s.swallow, len(p))
-		s.swallow -= n
-		if n == len(p) {
-			return n, nil
-		}
-		m, err := s.Conn.Write(p[n:])
-		return n + m, err
-	}
-	return s.Conn.Write(p)
+	return err
 }
 
 func (s *stream) Close() error {

@@ -25,8 +25,9 @@ import (
 const (
 	// presentEvery is how often the sockets' names are looked after: a vanished one keeps every new ssh out.
 	presentEvery = time.Second
-	// handOverTime is how long a master that finds another one alive waits for that one's socket.
-	handOverTime = 3 * time.Second
+	// takeOverTime is how long a master waits for another one that can't be reached: twice what a shutdown may take,
+	// and less than what a bridge waits.
+	takeOverTime = 6 * time.Second
 	// acceptPause is the wait after a failed accept (fd limit reached).
 	acceptPause = 100 * time.Millisecond
 )
@@ -73,11 +74,8 @@ func Run(ctx context.Context, opts Options) error {
 	if err := opts.Dirs.Make(); err != nil {
 		return err
 	}
-	lock, err := paths.TryLock(filepath.Join(opts.Dirs.Run, paths.MasterLock))
-	if errors.Is(err, paths.ErrLocked) {
-		return awaitOther(ctx, opts)
-	}
-	if err != nil {
+	lock, err := takeOver(ctx, opts)
+	if lock == nil {
 		return err
 	}
 	host, err := os.Hostname()
@@ -94,26 +92,31 @@ func Run(ctx context.Context, opts Options) error {
 	return m.run(ctx)
 }
 
-// awaitOther is what a second master does: the first may have lost its sockets' names and is about to notice.
-func awaitOther(ctx context.Context, opts Options) error {
-	ctx, cancel := context.WithTimeout(ctx, handOverTime)
+// takeOver gets the lock of the one living master. It returns nil, and no error, if another master lives and can be
+// reached. One that can't be is about to end, or has lost its sockets' names and is about to notice.
+func takeOver(ctx context.Context, opts Options) (*paths.FileLock, error) {
+	ctx, cancel := context.WithTimeout(ctx, takeOverTime)
 	defer cancel()
-	t := time.NewTicker(presentEvery / 10)
+	path := filepath.Join(opts.Dirs.Run, paths.MasterLock)
+	t := time.NewTicker(takeOverTime / 100)
 	defer t.Stop()
 	for {
+		lock, err := paths.TryLock(path)
+		if !errors.Is(err, paths.ErrLocked) {
+			return lock, err
+		}
 		if dir, err := opts.Dirs.Published(); err == nil {
 			if c, err := paths.Dial(dir, paths.MuxSocket); err == nil {
 				c.Close()
 				opts.Log.Info().Msg("another master is alive")
 				opts.Ready()
-				return nil
+				return nil, nil
 			}
 		}
 		select {
 		case <-t.C:
 		case <-ctx.Done():
-			return fmt.Errorf("another master holds %s and does not listen; end it with: muxproxy master stop",
-				filepath.Join(opts.Dirs.Run, paths.MasterLock))
+			return nil, fmt.Errorf("another master holds %s and does not listen; find its pid with fuser and end it", path)
 		}
 	}
 }

@@ -10,17 +10,31 @@ import (
 
 // pipes is ssh's pair of pipes as one connection: what ssh writes is read from in, what it reads is written to out.
 type pipes struct {
-	in, out *os.File
-	once    sync.Once
-	err     error // of Close
+	in, out         *os.File
+	inSize, outSize pipeSize
+	once            sync.Once
+	err             error // of Close
 }
 
-func (p *pipes) Read(b []byte) (int, error)  { return p.in.Read(b) }
-func (p *pipes) Write(b []byte) (int, error) { return p.out.Write(b) }
+func (p *pipes) Read(b []byte) (int, error) {
+	n, err := p.in.Read(b)
+	p.inSize.carried(p.in, n)
+	return n, err
+}
+
+func (p *pipes) Write(b []byte) (int, error) {
+	n, err := p.out.Write(b)
+	p.outSize.carried(p.out, n)
+	return n, err
+}
 
 // Close closes both pipes: ssh ends only when its own stdout pipe, our out, gives EOF.
 func (p *pipes) Close() error {
-	p.once.Do(func() { p.err = errors.Join(p.in.Close(), p.out.Close()) })
+	p.once.Do(func() {
+		p.inSize.end()
+		p.outSize.end()
+		p.err = errors.Join(p.in.Close(), p.out.Close())
+	})
 	return p.err
 }
 

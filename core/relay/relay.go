@@ -28,8 +28,6 @@ type Client interface {
 	Requests() <-chan *ssh.Request
 	OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error)
 	SendRequest(name string, wantReply bool, payload []byte) (bool, []byte, error)
-	// Done is closed when the client's transport has ended.
-	Done() <-chan struct{}
 	// Close cuts the client off.
 	Close() error
 }

@@ -68,7 +68,6 @@ type upstreamConn struct {
 	channels <-chan ssh.NewChannel
 	requests <-chan *ssh.Request
 	silent   atomic.Int64 // how long ago the last byte came, if set
-	once     sync.Once
 }
 
 type watchedConn struct {

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 )
@@ -41,6 +42,9 @@ const (
 // ended and every file is removed when Run returns, also when ctx ends before.
 func Run(ctx context.Context, o Options) (err error) {
 	d := demo{Options: o, host: o.Host}
+	if _, ok := o.Stderr.(*os.File); !ok { // which ssh gets as it is
+		d.Stderr = &lockedWriter{w: o.Stderr}
+	}
 	if d.Bin == "" {
 		self, err := os.Executable()
 		if err != nil {
@@ -87,6 +91,18 @@ type demo struct {
 	// direct and shared are ssh's arguments before the host.
 	direct, shared []string
 	began          bool // a client was started, so a master may live
+}
+
+// lockedWriter takes turns: many ssh write to stderr at once.
+type lockedWriter struct {
+	mu sync.Mutex // guards w
+	w  io.Writer
+}
+
+func (l *lockedWriter) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
 }
 
 // row is one line of the table.
@@ -255,7 +271,8 @@ func (d *demo) together(ctx context.Context, what string, args []string, plain b
 	start := time.Now()
 	ended := make(chan error, batch)
 	for range batch {
-		go func() { ended <- d.client(ctx, args, plain).Run() }()
+		client := d.client(ctx, args, plain)
+		go func() { ended <- client.Run() }()
 	}
 	var errs error
 	for range batch {
@@ -390,7 +407,7 @@ func (d *demo) print(rows []row) error {
 		if _, ok := base[r.n]; !ok {
 			base[r.n] = r.took // plain ssh comes first
 		}
-		line := fmt.Sprintf("%s\t%s\t%.2f", r.what, r.took.Round(time.Millisecond/10), float64(r.took)/float64(base[r.n]))
+		line := fmt.Sprintf("%s\t%.1f ms\t%.2f", r.what, float64(r.took)/float64(time.Millisecond), float64(r.took)/float64(base[r.n]))
 		if d.server != nil {
 			line += fmt.Sprintf("\t%d", r.conns)
 		}

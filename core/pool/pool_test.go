@@ -1,0 +1,581 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+	"go.uber.org/goleak"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/sshconfig"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const patience = 20 * time.Second
+
+// fakeConn is a connection that does nothing but live and end.
+type fakeConn struct {
+	ssh.Conn
+	agent    string
+	channels chan ssh.NewChannel
+	requests chan *ssh.Request
+	ended    chan struct{}
+	once     sync.Once
+	cause    error
+	opens    atomic.Int64
+}
+
+func newFakeConn(agent string) *fakeConn {
+	return &fakeConn{
+		agent: agent, channels: make(chan ssh.NewChannel), requests: make(chan *ssh.Request), ended: make(chan struct{}),
+	}
+}
+
+func (c *fakeConn) end(cause error) {
+	c.once.Do(func() {
+		c.cause = cause
+		close(c.ended)
+		close(c.channels)
+		close(c.requests)
+	})
+}
+
+func (c *fakeConn) Close() error                    { c.end(nil); return nil }
+func (c *fakeConn) Wait() error                     { <-c.ended; return io.EOF }
+func (c *fakeConn) Channels() <-chan ssh.NewChannel { return c.channels }
+func (c *fakeConn) Requests() <-chan *ssh.Request   { return c.requests }
+func (c *fakeConn) Server() ServerInfo              { return ServerInfo{AgentID: c.agent} }
+func (c *fakeConn) Probe(context.Context) error     { return nil }
+func (c *fakeConn) LastHeard() time.Time            { return time.Now() }
+func (c *fakeConn) Cause() error                    { <-c.ended; return c.cause }
+func (c *fakeConn) Down() bool {
+	select {
+	case <-c.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+func (c *fakeConn) OpenChannel(string, []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	c.opens.Add(1)
+	return nil, nil, &ssh.OpenChannelError{Reason: ssh.Prohibited, Message: "fake"}
+}
+
+// dialer hands out connections when it is told to.
+type dialer struct {
+	mu     sync.Mutex // guards what follows
+	dials  int
+	living int
+	most   int
+	conns  []*fakeConn
+
+	hold  chan struct{} // nil: dials succeed at once; else they wait for a value or for its close
+	err   error
+	agent bool // the agent's key logs in
+	ask   bool // puts a question
+	asked chan []string
+}
+
+func (d *dialer) Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error) {
+	d.mu.Lock()
+	d.dials++
+	d.mu.Unlock()
+	if spec.Connected != nil {
+		spec.Connected()
+	}
+	if d.ask {
+		answers, err := ask.Ask(ctx, Question{Prompts: []Prompt{{Text: "Password: "}}})
+		if err != nil {
+			return nil, err
+		}
+		d.asked <- answers
+	}
+	if d.hold != nil {
+		select {
+		case <-d.hold:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if d.err != nil {
+		return nil, d.err
+	}
+	c := newFakeConn("")
+	if d.agent {
+		c.agent = spec.Agent.ID()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.living++
+	d.most = max(d.most, d.living)
+	d.conns = append(d.conns, c)
+	go func() {
+		<-c.ended
+		d.mu.Lock()
+		d.living--
+		d.mu.Unlock()
+	}()
+	return c, nil
+}
+
+func (d *dialer) count() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.dials
+}
+
+func (d *dialer) conn(i int) *fakeConn {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.conns[i]
+}
+
+type noAsker struct{}
+
+func (noAsker) Ask(context.Context, Question) ([]string, error) { return nil, ErrNobody }
+
+var gate = use.NewGate(nil)
+
+func permit(t *testing.T, kind use.Kind) *use.Permit {
+	t.Helper()
+	p, denied := gate.Decide(context.Background(), use.Use{Kind: kind}, nil)
+	if denied != nil {
+		t.Fatal(denied)
+	}
+	return p
+}
+
+func spec(user string) Spec {
+	return Spec{
+		Target: use.Target{User: user, Host: "h.example.com", Port: 22},
+		Config: &sshconfig.Resolved{Options: map[string][]string{"user": {user}, "hostname": {"h.example.com"}, "port": {"22"}}},
+	}
+}
+
+type fakeAgent string
+
+func (a fakeAgent) ID() string            { return string(a) }
+func (fakeAgent) Dial() (net.Conn, error) { return nil, errors.New("no") }
+
+func newPool(t *testing.T, d Dialer, r Retainer) *Pool {
+	p := New(d, r, zerolog.Nop())
+	t.Cleanup(p.Close)
+	return p
+}
+
+func acquire(t *testing.T, p *Pool, s Spec) *Lease {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	l, err := p.Acquire(ctx, permit(t, use.Attach), s, noAsker{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func eventually(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !cond(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not within %v", what, patience)
+		}
+	}
+}
+
+func TestManyShareOneDial(t *testing.T) {
+	d := &dialer{hold: make(chan struct{})}
+	p := newPool(t, d, CloseAtOnce{})
+	const n = 200
+	leases := make(chan *Lease, n)
+	var connected atomic.Int64
+	for range n {
+		s := spec("alice")
+		s.Connected = func() { connected.Add(1) }
+		go func() { leases <- acquire(t, p, s) }()
+	}
+	eventually(t, "all wait", func() bool { l := p.List(); return len(l) == 1 && l[0].Clients == n })
+	eventually(t, "all are told that TCP is up", func() bool { return connected.Load() == n })
+	if l := p.List(); l[0].State != Dialling {
+		t.Errorf("state %s", l[0].State)
+	}
+	close(d.hold)
+	// Each is released as soon as it is there, and still all share the one connection.
+	for range n {
+		(<-leases).Release()
+	}
+	if d.count() != 1 {
+		t.Errorf("%d dials", d.count())
+	}
+	eventually(t, "it closes with its last client", func() bool { return len(p.List()) == 0 && d.conn(0).Down() })
+}
+
+func TestAFailedDialIsEverybodysError(t *testing.T) {
+	d := &dialer{hold: make(chan struct{}), err: errors.New("h.example.com:22: connection refused")}
+	p := newPool(t, d, CloseAtOnce{})
+	errs := make(chan error, 10)
+	for range 10 {
+		go func() {
+			_, err := p.Acquire(context.Background(), permit(t, use.Attach), spec("alice"), noAsker{})
+			errs <- err
+		}()
+	}
+	eventually(t, "all wait", func() bool { l := p.List(); return len(l) == 1 && l[0].Clients == 10 })
+	close(d.hold)
+	for range 10 {
+		if err := <-errs; !errors.Is(err, d.err) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if d.count() != 1 {
+		t.Errorf("%d dials", d.count())
+	}
+	if len(p.List()) != 0 {
+		t.Errorf("left: %+v", p.List())
+	}
+}
+
+func TestWhoMayShare(t *testing.T) {
+	d := &dialer{agent: false}
+	p := newPool(t, d, CloseAtOnce{})
+	alice := acquire(t, p, spec("alice"))
+	if again := acquire(t, p, spec("alice")); again.ID() != alice.ID() {
+		t.Error("the same target got another upstream")
+	}
+	if bob := acquire(t, p, spec("bob")); bob.ID() == alice.ID() {
+		t.Error("another user rides on alice's upstream")
+	}
+	careless := spec("alice")
+	careless.Config.Options["stricthostkeychecking"] = []string{"no"}
+	if l := acquire(t, p, careless); l.ID() == alice.ID() {
+		t.Error("another StrictHostKeyChecking shares")
+	}
+	withAgent := spec("alice")
+	withAgent.Agent = fakeAgent("1:2")
+	if l := acquire(t, p, withAgent); l.ID() != alice.ID() {
+		t.Error("a client with an agent does not ride where no agent logged in")
+	}
+
+	// Where an agent's key logged in, only that agent's clients ride.
+	d2 := &dialer{agent: true}
+	p2 := newPool(t, d2, CloseAtOnce{})
+	first := acquire(t, p2, withAgent)
+	if l := acquire(t, p2, withAgent); l.ID() != first.ID() {
+		t.Error("the same agent got another upstream")
+	}
+	other := spec("alice")
+	other.Agent = fakeAgent("1:3")
+	if l := acquire(t, p2, other); l.ID() == first.ID() {
+		t.Error("another agent's client rides")
+	}
+}
+
+func TestTheLastWaiterEndsTheDial(t *testing.T) {
+	d := &dialer{hold: make(chan struct{})}
+	p := newPool(t, d, CloseAtOnce{})
+	ctx1, leave1 := context.WithCancelCause(context.Background())
+	ctx2, leave2 := context.WithCancelCause(context.Background())
+	gone := errors.New("gone")
+	errs := make(chan error, 2)
+	for _, ctx := range []context.Context{ctx1, ctx2} {
+		go func() {
+			_, err := p.Acquire(ctx, permit(t, use.Attach), spec("alice"), noAsker{})
+			errs <- err
+		}()
+	}
+	eventually(t, "both wait", func() bool { l := p.List(); return len(l) == 1 && l[0].Clients == 2 })
+	leave1(gone)
+	if err := <-errs; !errors.Is(err, gone) {
+		t.Errorf("got %v", err)
+	}
+	if l := p.List(); len(l) != 1 {
+		t.Fatal("the dial ended although somebody waits")
+	}
+	leave2(gone)
+	<-errs
+	if l := p.List(); len(l) != 0 {
+		t.Errorf("left: %+v", l)
+	}
+	// A newcomer gets a dial of its own.
+	close(d.hold)
+	acquire(t, p, spec("alice")).Release()
+	if d.count() != 2 {
+		t.Errorf("%d dials", d.count())
+	}
+}
+
+// Clients that come around the moment when the last one leaves never fail, and there is no gap and no crowd.
+func TestNoGapWhileClosing(t *testing.T) {
+	d := &dialer{}
+	p := newPool(t, d, CloseAtOnce{})
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 300 {
+				l := acquire(t, p, spec("alice"))
+				if l.Down() {
+					t.Error("a lease on a closed upstream")
+				}
+				l.Release()
+				l.Release() // harmless
+			}
+		})
+	}
+	wg.Wait()
+	eventually(t, "all closed", func() bool { d.mu.Lock(); defer d.mu.Unlock(); return d.living == 0 })
+}
+
+func TestDrain(t *testing.T) {
+	d := &dialer{}
+	p := newPool(t, d, CloseAtOnce{})
+	old := acquire(t, p, spec("alice"))
+	if n := p.Drain(func(ConnInfo) bool { return true }); n != 1 {
+		t.Errorf("%d drained", n)
+	}
+	if l := p.List(); len(l) != 1 || l[0].State != Draining {
+		t.Errorf("list %+v", l)
+	}
+	fresh := acquire(t, p, spec("alice"))
+	if fresh.ID() == old.ID() {
+		t.Error("a newcomer rides on a draining upstream")
+	}
+	if old.Down() {
+		t.Error("the draining upstream ended with a client on it")
+	}
+	old.Release()
+	eventually(t, "it ends with its last client", func() bool { return d.conn(0).Down() })
+	fresh.Release()
+}
+
+func TestCloseMatchingTellsWhy(t *testing.T) {
+	d := &dialer{}
+	p := newPool(t, d, CloseAtOnce{})
+	l := acquire(t, p, spec("alice"))
+	why := errors.New("closed by hand")
+	if n := p.CloseMatching(func(c ConnInfo) bool { return c.ID == l.ID() }, why); n != 1 {
+		t.Errorf("%d closed", n)
+	}
+	<-l.Lost()
+	if !errors.Is(l.Reason(), why) {
+		t.Errorf("reason %v", l.Reason())
+	}
+	l.Release()
+
+	d.hold = make(chan struct{})
+	errs := make(chan error)
+	go func() {
+		_, err := p.Acquire(context.Background(), permit(t, use.Attach), spec("bob"), noAsker{})
+		errs <- err
+	}()
+	eventually(t, "dialling", func() bool { l := p.List(); return len(l) == 1 && l[0].State == Dialling })
+	p.CloseMatching(func(ConnInfo) bool { return true }, why)
+	if err := <-errs; !errors.Is(err, why) {
+		t.Errorf("the dial's error is %v", err)
+	}
+}
+
+func TestALostUpstreamIsReplaced(t *testing.T) {
+	d := &dialer{}
+	p := newPool(t, d, CloseAtOnce{})
+	l := acquire(t, p, spec("alice"))
+	d.conn(0).end(errors.New("h.example.com:22: connection reset by peer"))
+	// Down is what counts, not whether the watcher has noticed.
+	next := acquire(t, p, spec("alice"))
+	if next.ID() == l.ID() {
+		t.Error("a lease on a lost upstream")
+	}
+	<-l.Lost()
+	if got := fmt.Sprint(l.Reason()); got != "h.example.com:22: connection reset by peer" {
+		t.Errorf("reason %q", got)
+	}
+	l.Release()
+	next.Release()
+}
+
+// keeper is a Retainer that says how long, and tells when it is asked.
+type keeper struct {
+	until func() time.Time
+	asked chan ConnInfo
+}
+
+func (k keeper) Retain(_ context.Context, c ConnInfo) time.Time {
+	k.asked <- c
+	return k.until()
+}
+
+func TestRetention(t *testing.T) {
+	d := &dialer{}
+	var until atomic.Pointer[time.Time]
+	hour := time.Now().Add(time.Hour)
+	until.Store(&hour)
+	k := keeper{until: func() time.Time { return *until.Load() }, asked: make(chan ConnInfo, 10)}
+	p := newPool(t, d, k)
+	l := acquire(t, p, spec("alice"))
+	id := l.ID()
+	l.Release()
+	if c := <-k.asked; c.ID != id || c.Clients != 0 {
+		t.Errorf("asked about %+v", c)
+	}
+	l = acquire(t, p, spec("alice"))
+	if l.ID() != id {
+		t.Error("a kept upstream was not used again")
+	}
+	past := time.Now()
+	until.Store(&past)
+	l.Release()
+	<-k.asked
+	eventually(t, "it closes when its time is over", func() bool { return len(p.List()) == 0 })
+	if d.count() != 1 {
+		t.Errorf("%d dials", d.count())
+	}
+}
+
+// person answers, or is nobody, or stays silent until it leaves.
+type person struct {
+	answer string
+	asked  chan struct{}
+}
+
+func (p person) Ask(ctx context.Context, _ Question) ([]string, error) {
+	if p.asked != nil {
+		close(p.asked)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	if p.answer == "" {
+		return nil, ErrNobody
+	}
+	return []string{p.answer}, nil
+}
+
+func TestAQuestionGoesToTheNextIfTheAskedLeaves(t *testing.T) {
+	d := &dialer{ask: true, asked: make(chan []string, 1)}
+	p := newPool(t, d, CloseAtOnce{})
+	silent := person{asked: make(chan struct{})}
+	ctx, leave := context.WithCancel(context.Background())
+	first := make(chan error, 1)
+	go func() {
+		_, err := p.Acquire(ctx, permit(t, use.Attach), spec("alice"), silent)
+		first <- err
+	}()
+	<-silent.asked
+	done := make(chan *Lease, 2)
+	for _, a := range []person{{}, {answer: "secret"}} {
+		go func() {
+			l, err := p.Acquire(context.Background(), permit(t, use.Attach), spec("alice"), a)
+			if err != nil {
+				t.Error(err)
+			}
+			done <- l
+		}()
+	}
+	eventually(t, "all wait", func() bool { l := p.List(); return len(l) == 1 && l[0].Clients == 3 })
+	leave()
+	if err := <-first; err == nil {
+		t.Error("who left got a lease")
+	}
+	if a := <-d.asked; len(a) != 1 || a[0] != "secret" {
+		t.Errorf("answers %q", a)
+	}
+	for range 2 {
+		(<-done).Release()
+	}
+}
+
+// Nothing opens upstream without a permit of the right kind, made by a gate, and not ended.
+func TestPermits(t *testing.T) {
+	d := &dialer{}
+	p := newPool(t, d, CloseAtOnce{})
+	ctx := context.Background()
+	may := map[string]map[use.Kind]bool{
+		"acquire": {use.Attach: true, use.Jump: true},
+		"session": {use.Attach: true, use.Shell: true, use.Exec: true, use.Subsystem: true},
+		"open":    {use.LocalForward: true, use.Jump: true, use.Other: true},
+		"listen":  {use.RemoteForward: true},
+		"request": {use.Other: true},
+	}
+	l := acquire(t, p, spec("alice"))
+	defer l.Release()
+	try := map[string]func(*use.Permit) error{
+		"acquire": func(pm *use.Permit) error {
+			l, err := p.Acquire(ctx, pm, spec("alice"), noAsker{})
+			if err == nil {
+				l.Release()
+			}
+			return err
+		},
+		"session": func(pm *use.Permit) error { _, _, err := l.Session(ctx, pm); return err },
+		"open":    func(pm *use.Permit) error { _, _, err := l.Open(ctx, pm, "direct-tcpip", nil); return err },
+		"listen":  func(pm *use.Permit) error { _, err := l.Listen(ctx, pm, Addr{Port: 1}, nil); return err },
+		"request": func(pm *use.Permit) error { _, _, err := l.Request(ctx, pm, "x", true, nil); return err },
+	}
+	conn := d.conn(0)
+	conn.Conn = refusing{}
+	for what, f := range try {
+		var bad []*use.Permit
+		ended := permit(t, use.Attach)
+		ended.End(use.Result{})
+		bad = append(bad, nil, &use.Permit{}, ended)
+		for _, kind := range use.Kinds() {
+			if !may[what][kind] {
+				bad = append(bad, permit(t, kind))
+			}
+		}
+		for _, pm := range bad {
+			if err := f(pm); err == nil || err.Error()[:9] != "no permit" {
+				t.Errorf("%s with %+v: %v", what, pm, err)
+			}
+		}
+		for kind := range may[what] {
+			if err := f(permit(t, kind)); err != nil && err.Error()[:9] == "no permit" {
+				t.Errorf("%s with a permit for %s: %v", what, kind, err)
+			}
+		}
+	}
+	if _, _, err := l.Open(ctx, permit(t, use.Other), "session", nil); err == nil {
+		t.Error("a session by the kind other")
+	}
+}
+
+// refusing is a server that refuses all global requests.
+type refusing struct{ ssh.Conn }
+
+func (refusing) SendRequest(string, bool, []byte) (bool, []byte, error) { return false, nil, nil }
+
+// x/crypto stops at the 17th request that nobody takes; Queue takes them all, in order, up to a bound.
+func TestQueue(t *testing.T) {
+	in := make(chan *ssh.Request)
+	over := make(chan struct{})
+	out := Queue(in, 100, func() { close(over) })
+	for i := range 101 {
+		select {
+		case in <- &ssh.Request{Type: fmt.Sprint(i)}:
+		case <-time.After(patience):
+			t.Fatalf("request %d was not taken", i)
+		}
+	}
+	<-over
+	in <- &ssh.Request{Type: "dropped"}
+	close(in)
+	n := 0
+	for r := range out {
+		if r.Type != fmt.Sprint(n) {
+			t.Fatalf("got %s, want %d", r.Type, n)
+		}
+		n++
+	}
+	if n != 100 {
+		t.Errorf("%d requests came through", n)
+	}
+}
