@@ -100,6 +100,44 @@ func TestHostileHellosEndAlone(t *testing.T) {
 	})
 }
 
+func TestHostileCommandsEndAlone(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		beside := w.hold()
+		before := w.settled(1)
+		path := filepath.Join(w.mustStatus().Sockets, "control.sock")
+		rnd, _ := random(1 << 16)
+		noise, err := io.ReadAll(rnd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" // RFC 9113 section 3.4
+		for _, c := range []struct{ name, send string }{
+			{"noise", string(noise)},
+			{"HTTP/1", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"},
+			{"noise after the preface", preface + "\xff" + string(noise)},
+			{"the longest frame", preface + "\xff\xff\xff\x00\x00\x00\x00\x00\x01" + string(noise)},
+		} {
+			u, err := net.Dial("unix", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			u.SetDeadline(time.Now().Add(patience))
+			u.Write([]byte(c.send))
+			if _, err := io.Copy(io.Discard, u); os.IsTimeout(err) {
+				t.Errorf("%s: the connection stays open", c.name)
+			}
+			u.Close()
+			beside.echo("still here: " + c.name)
+			w.mustStatus()
+		}
+		w.backTo(before)
+		beside.release()
+	})
+}
+
 // What follows the hello is meant to be SSH. The bridge is real, and started by hand.
 func TestHostileStreamsEndAlone(t *testing.T) {
 	if !muxproxyOnly(t) {

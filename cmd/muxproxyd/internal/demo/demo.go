@@ -63,14 +63,14 @@ func Run(ctx context.Context, o Options) (err error) {
 	if d.dir, err = os.MkdirTemp("", "muxproxy-demo-"); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(d.dir)) }()
+	defer func() { err = both(err, os.RemoveAll(d.dir)) }()
 	if err := d.prepare(); err != nil {
 		return err
 	}
 	if d.server != nil {
 		defer d.server.close()
 	}
-	defer func() { err = errors.Join(err, d.end()) }()
+	defer func() { err = both(err, d.end()) }()
 	rows, err := d.measure(ctx)
 	if cause := context.Cause(ctx); cause != nil {
 		return cause // what it broke is of no interest
@@ -79,6 +79,17 @@ func Run(ctx context.Context, o Options) (err error) {
 		return err
 	}
 	return d.print(rows)
+}
+
+// both is one line for two errors, either of which may be nil.
+func both(a, b error) error {
+	switch {
+	case a == nil:
+		return b
+	case b == nil:
+		return a
+	}
+	return fmt.Errorf("%w; %w", a, b)
 }
 
 type demo struct {
@@ -90,7 +101,8 @@ type demo struct {
 	env    []string
 	// direct and shared are ssh's arguments before the host.
 	direct, shared []string
-	began          bool // a client was started, so a master may live
+	quiet          []string // added for plain ssh
+	began          bool     // a client was started, so a master may live
 }
 
 // lockedWriter takes turns: many ssh write to stderr at once.
@@ -108,6 +120,7 @@ func (l *lockedWriter) Write(p []byte) (int, error) {
 // row is one line of the table.
 type row struct {
 	what  string
+	plain bool
 	took  time.Duration
 	n     int // ssh clients that it took; 1 if took is a median
 	conns int // TCP connections that the server saw
@@ -130,7 +143,10 @@ func (d *demo) prepare() error {
 	}
 	// No ControlMaster of the user's may answer in place of what is measured.
 	d.direct = []string{"-o", "ControlMaster=no", "-o", "ControlPath=none"}
-	if d.Host == "" {
+	if d.Host != "" {
+		// Nobody should have to log in fifteen times to see that once is enough.
+		d.quiet = []string{"-o", "BatchMode=yes"}
+	} else {
 		own["HOME"] = filepath.Join(d.dir, "home")
 		own["SSH_AUTH_SOCK"] = ""
 		if err := d.serve(); err != nil {
@@ -139,7 +155,7 @@ func (d *demo) prepare() error {
 	}
 	d.env = environment(own)
 	program := shellQuote(filepath.Join(d.Bin, "muxproxy"))
-	known := quote(filepath.Join(d.dir, "state/muxproxy/known_hosts"))
+	known := `"` + filepath.Join(d.dir, "state/muxproxy/known_hosts") + `"` // tokens are not looked for in this one
 	d.shared = append(slices.Clone(d.direct),
 		"-o", "ProxyCommand="+strings.ReplaceAll(program, "%", "%%")+" '%r@%h:%p' '%n'", "-o", "ProxyUseFdpass=no",
 		"-o", "GlobalKnownHostsFile="+known+" /etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2")
@@ -206,45 +222,47 @@ func shellQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''
 // measure runs the clients. The order matters: plain ssh first warms what both ways need.
 func (d *demo) measure(ctx context.Context) (rows []row, err error) {
 	plain, err := d.median(ctx, "plain ssh", d.direct, true)
-	if err != nil {
+	withPlain := err == nil
+	switch {
+	case withPlain:
+		rows = append(rows, plain)
+	case d.server != nil || ctx.Err() != nil:
 		return nil, err
+	default:
+		d.progress("plain ssh does not log in without a question, so it is left out: %v", err)
 	}
-	rows = append(rows, plain)
 
-	d.progress("the first shared connection: starts the master, logs in")
+	// Nothing keeps an unused connection here, so the first session stays in the background. A login that asks questions
+	// asks them once.
 	conns := d.conns()
-	first := time.Now()
-	if err := d.client(ctx, d.shared, false).Run(); err != nil {
-		return nil, d.failed("muxproxy", err)
-	}
-	rows = append(rows, row{"first connection through muxproxy", time.Since(first), 1, d.conns() - conns})
-
-	// Nothing keeps an unused connection here, so one session stays in the background.
-	conns = d.conns()
-	holder, err := d.hold(ctx)
+	holder, took, err := d.hold(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, holder.release()) }()
+	defer func() { err = both(err, holder.release()) }()
+	rows = append(rows, row{"first connection through muxproxy", false, took, 1, d.conns() - conns})
 
 	shared, err := d.median(ctx, "shared connection", d.shared, false)
 	if err != nil {
 		return nil, err
 	}
-	shared.conns = d.conns() - conns // the one of the session that stays
 	rows = append(rows, shared)
 
-	for _, way := range []struct {
-		what  string
-		args  []string
-		plain bool
-	}{{"plain ssh", d.direct, true}, {"shared connection", d.shared, false}} {
-		together, err := d.together(ctx, way.what, way.args, way.plain)
-		if err != nil {
+	if withPlain {
+		switch plain, err := d.together(ctx, "plain ssh", d.direct, true); {
+		case err == nil:
+			rows = append(rows, plain)
+		case d.server != nil || ctx.Err() != nil:
 			return nil, err
+		default: // MaxStartups in sshd_config(5), for instance
+			d.progress("not every plain ssh was let in at once, so they are left out: %v", err)
 		}
-		rows = append(rows, together)
 	}
+	together, err := d.together(ctx, "shared connection", d.shared, false)
+	if err != nil {
+		return nil, err
+	}
+	rows = append(rows, together)
 	return rows, nil
 }
 
@@ -261,7 +279,7 @@ func (d *demo) median(ctx context.Context, what string, args []string, plain boo
 		times = append(times, time.Since(start))
 	}
 	slices.Sort(times)
-	return row{fmt.Sprintf("%s, median of %d", what, runs), times[runs/2], 1, d.conns() - conns}, nil
+	return row{fmt.Sprintf("%s, median of %d", what, runs), plain, times[runs/2], 1, d.conns() - conns}, nil
 }
 
 // together is the time of a batch of clients at once.
@@ -280,12 +298,16 @@ func (d *demo) together(ctx context.Context, what string, args []string, plain b
 			errs = d.failed(what, err)
 		}
 	}
-	return row{fmt.Sprintf("%s, %d at once", what, batch), time.Since(start), batch, d.conns() - conns}, errs
+	return row{fmt.Sprintf("%s, %d at once", what, batch), plain, time.Since(start), batch, d.conns() - conns}, errs
 }
 
 // client is one ssh that runs `true`. It is killed when ctx ends.
 func (d *demo) client(ctx context.Context, args []string, plain bool) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, d.ssh, append(slices.Clone(args), d.host, "true")...)
+	args = slices.Clone(args)
+	if plain {
+		args = append(args, d.quiet...)
+	}
+	cmd := exec.CommandContext(ctx, d.ssh, append(args, d.host, "true")...)
 	cmd.Env, cmd.Stderr = d.env, d.Stderr
 	cmd.WaitDelay = time.Second // a ProxyCommand may hold stderr for a moment longer
 	if plain {
@@ -318,28 +340,32 @@ type holder struct {
 	in  io.Closer
 }
 
-// hold starts one and returns when the command at the other end has answered.
-func (d *demo) hold(ctx context.Context) (*holder, error) {
-	const what = "a session that stays"
-	d.progress(what)
+// hold starts one and returns how long it took until the command at the other end answered.
+func (d *demo) hold(ctx context.Context) (*holder, time.Duration, error) {
+	const what = "the first connection through muxproxy"
+	d.progress(what + ", which starts the master and logs in")
 	cmd := d.client(ctx, d.shared, false)
 	cmd.Args[len(cmd.Args)-1] = "echo held && cat"
 	in, err := cmd.StdinPipe()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
+	start := time.Now()
 	if err := cmd.Start(); err != nil {
-		return nil, d.failed(what, err)
+		return nil, 0, d.failed(what, err)
 	}
 	h := &holder{cmd, in}
 	if _, err := io.ReadFull(out, make([]byte, len("held\n"))); err != nil {
-		return nil, d.failed(what, errors.Join(err, h.release()))
+		if ended := h.release(); ended != nil {
+			err = ended // says more than an early end of its output
+		}
+		return nil, 0, d.failed(what, err)
 	}
-	return h, nil
+	return h, time.Since(start), nil
 }
 
 func (h *holder) release() error {
@@ -357,6 +383,7 @@ func (d *demo) end() error {
 	muxproxy := func(args ...string) ([]byte, error) {
 		cmd := exec.CommandContext(ctx, filepath.Join(d.Bin, "muxproxy"), args...)
 		cmd.Env = d.env
+		apart(cmd) // ^C may come twice
 		out, err := cmd.Output()
 		var exit *exec.ExitError
 		if errors.As(err, &exit) {
@@ -365,14 +392,15 @@ func (d *demo) end() error {
 		return out, err
 	}
 	// A client that was killed may have been starting a master. This waits for that one's turn to end, so that no master
-	// appears later. Where none can be started, none is left.
-	if _, err := muxproxy("master", "start"); err != nil {
-		return nil
-	}
+	// appears later.
+	_, startErr := muxproxy("master", "start")
 	var status struct {
 		PID int `json:"pid"`
 	}
 	out, err := muxproxy("status", "--json")
+	if err != nil && startErr != nil {
+		return nil // none can be started, and none is there
+	}
 	if err == nil {
 		err = json.Unmarshal(out, &status)
 	}
@@ -386,7 +414,7 @@ func (d *demo) end() error {
 	if findErr == nil {
 		findErr = p.Kill()
 	}
-	return errors.Join(err, findErr)
+	return both(err, findErr)
 }
 
 // print writes the table.
@@ -402,12 +430,16 @@ func (d *demo) print(rows []row) error {
 		head += "\tTCP connections"
 	}
 	fmt.Fprintln(w, head+"\t")
-	base := map[int]time.Duration{}
+	base := map[int]time.Duration{} // plain ssh's, by how many
 	for _, r := range rows {
-		if _, ok := base[r.n]; !ok {
-			base[r.n] = r.took // plain ssh comes first
+		if r.plain {
+			base[r.n] = r.took
 		}
-		line := fmt.Sprintf("%s\t%.1f ms\t%.2f", r.what, float64(r.took)/float64(time.Millisecond), float64(r.took)/float64(base[r.n]))
+		ratio := "?"
+		if b, ok := base[r.n]; ok {
+			ratio = fmt.Sprintf("%.2f", float64(r.took)/float64(b))
+		}
+		line := fmt.Sprintf("%s\t%.1f ms\t%s", r.what, float64(r.took)/float64(time.Millisecond), ratio)
 		if d.server != nil {
 			line += fmt.Sprintf("\t%d", r.conns)
 		}
@@ -416,6 +448,6 @@ func (d *demo) print(rows []row) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintln(d.Stdout, "\nOne session stays open meanwhile, so that there is a connection to share.")
+	_, err := fmt.Fprintln(d.Stdout, "\nThe first session through muxproxy stays open meanwhile, so that there is a connection to share.")
 	return err
 }

@@ -1,0 +1,11 @@
+package demo
+
+import (
+	"os/exec"
+	"syscall"
+)
+
+// apart keeps what the console sends to this program's process group, ^C for instance, away from a command.
+func apart(cmd *exec.Cmd) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{CreationFlags: syscall.CREATE_NEW_PROCESS_GROUP}
+}
