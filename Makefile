@@ -4,6 +4,9 @@ VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo de
 DEMO_HOST ?=
 BIG       ?=
 
+# Where the checkout is another user's, git refuses to look at it and go build would fail for that.
+vcs := $(shell git status >/dev/null 2>&1 || echo -buildvcs=false)
+
 tool := go tool -modfile=tools/go.mod
 
 .PHONY: help build demo test lint cross-vet proto proto-check clean
@@ -18,7 +21,7 @@ help:
 	@echo 'make clean        remove bin'
 
 build:
-	CGO_ENABLED=0 go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/muxproxy ./cmd/muxproxyd
+	CGO_ENABLED=0 go build $(vcs) -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/muxproxy ./cmd/muxproxyd
 
 demo: build
 	bin/muxproxy demo $(DEMO_HOST)

@@ -223,16 +223,6 @@ func (p *proc) wait(within time.Duration) result {
 	}
 }
 
-// ended reports whether the process has ended.
-func (p *proc) ended() bool {
-	select {
-	case <-p.done:
-		return true
-	default:
-		return false
-	}
-}
-
 // settle gives a process that seems to be ending the time to say why.
 func (p *proc) settle() {
 	select {

@@ -172,6 +172,33 @@ func TestBypassNeedsNoMaster(t *testing.T) {
 	})
 }
 
+// A ProxyCommand that leads to muxproxy in a way that nobody can see must not lead a bypass back to itself.
+func TestBypassDoesNotGoInCircles(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	w := newWorld(t, pipes)
+	hidden := w.path("hidden")
+	if err := os.Symlink(filepath.Join(binDir, "muxproxy"), hidden); err != nil {
+		t.Fatal(err)
+	}
+	config, err := os.ReadFile(w.conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range []string{hidden + " '%r@%h:%p'", "nice " + hidden + " '%r@%h:%p'"} {
+		lines := "ProxyCommand " + command + "\n" + string(config)
+		if err := os.WriteFile(w.path("circle"), []byte(lines), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		env := append([]string{"MUXPROXY_BYPASS=1"}, w.env...)
+		r := w.run(spec{args: []string{"ssh", "-F", w.path("circle"), "box", "echo hi"}, env: env, null: true})
+		if r.status != 0 || r.out != "hi\n" {
+			t.Errorf("%s: status %d, stdout %q, stderr %q", command, r.status, r.out, r.err)
+		}
+	}
+}
+
 // Many worlds' paths are longer than a socket's address may be.
 func TestSocketsInADeepDirectory(t *testing.T) {
 	if !muxproxyOnly(t) {

@@ -433,7 +433,7 @@ func TestMasterFails(t *testing.T) {
 	if err := json.Unmarshal([]byte(stderr), &line); err != nil {
 		t.Fatalf("%q: %v", stderr, err)
 	}
-	if status != exitNo || stdout != "" || !strings.Contains(line["error"].(string), "HOME is not set") {
+	if status != exitFailed || stdout != "" || !strings.Contains(line["error"].(string), "HOME is not set") {
 		t.Errorf("status %d, stdout %q, stderr %q", status, stdout, stderr)
 	}
 }
@@ -447,7 +447,7 @@ func TestMasterTellsWhyItFails(t *testing.T) {
 	defer remove()
 	t.Setenv("NOTIFY_SOCKET", addr)
 	delete(w.env, "HOME")
-	if status, _, _ := w.run("master"); status != exitNo {
+	if status, _, _ := w.run("master"); status != exitFailed {
 		t.Errorf("status %d", status)
 	}
 	b := make([]byte, 1024)

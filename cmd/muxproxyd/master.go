@@ -90,7 +90,7 @@ func runMaster(ctx context.Context, a *app) error {
 	if err != nil {
 		notify(false, "STATUS="+use.Printable(err.Error())+"\nERRNO=1")
 		log.Error().Str("error", use.Printable(err.Error())).Msg("the master ends")
-		return &statusError{status: exitNo}
+		return &statusError{status: exitFailed}
 	}
 	return nil
 }

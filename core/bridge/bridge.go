@@ -163,8 +163,11 @@ func (b *bridge) talk(conn *net.UnixConn, h wire.Hello, dirs paths.Dirs) (status
 	}
 	resolved := false
 	for {
-		if h.Mode != wire.FDs {
-			conn.SetReadDeadline(time.Now().Add(answerTimeout))
+		// The first answer is prompt. Served, where the socket becomes the stream, waits for the connection to the host.
+		if deadline := time.Now().Add(answerTimeout); !resolved || h.Mode == wire.Pipes {
+			conn.SetReadDeadline(deadline)
+		} else {
+			conn.SetReadDeadline(time.Time{})
 		}
 		a, err := w.ReadAnswer()
 		switch {

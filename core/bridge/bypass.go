@@ -22,9 +22,17 @@ import (
 // lose what was sent (a TCP reset).
 const lastBytes = 5 * time.Second
 
+// bypassing holds, for the programs that a bypass runs, the target that is bypassed already.
+const bypassing = "MUXPROXY_BYPASSING"
+
 // bypass connects ssh with the host itself, as ssh_config would without muxproxy.
 func (b *bridge) bypass() int {
 	config, err := b.config()
+	if b.getenv(bypassing) == b.target.String() {
+		// The host's own ProxyCommand or ProxyJump has led here again, so it is none of its own.
+		config = &sshconfig.Resolved{}
+	}
+	os.Setenv(bypassing, b.target.String())
 	if err != nil {
 		// ssh itself has read its configuration, so this is about asking it. Most hosts need nothing of the answer.
 		if b.gone.Err() != nil {

@@ -19,9 +19,9 @@ ssh starts the first form, by lines like these at the top of ~/.ssh/config:
     Host *
         ProxyCommand muxproxy --fdpass '%r@%h:%p' '%n'
         ProxyUseFdpass yes
-        GlobalKnownHostsFile /home/YOU/.local/state/muxproxy/known_hosts /etc/ssh/ssh_known_hosts
+        GlobalKnownHostsFile /home/YOU/.local/state/muxproxy/known_hosts /etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2
 
-'muxproxy setup' writes them, 'muxproxy help' lists the commands.
+'muxproxy help' lists the commands.
 
   -F, -i, -o  as in ssh(1); only looked at if no ssh is found that started this
   --fdpass    pass the connection back to ssh, for ProxyUseFdpass yes

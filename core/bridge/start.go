@@ -24,6 +24,10 @@ const (
 	queueTimeout = 15 * time.Second
 	// poll is how often a waiting process looks whether something has changed that nobody tells it.
 	poll = 10 * time.Millisecond
+	// maxLog is what master.log may hold when a master starts; the one before is kept as master.log.1.
+	maxLog = 16 << 20
+	// notifyName begins the name of the socket on which a new master says that it is ready.
+	notifyName = "notify."
 )
 
 // ErrNoMaster says that no master lives.
@@ -72,8 +76,8 @@ func connectIn(ctx context.Context, dir, name string) (*net.UnixConn, error) {
 	}
 	conn, err := paths.Dial(dir, name)
 	for errors.Is(err, syscall.EAGAIN) { // its backlog is full
-		if err := pause(ctx); err != nil {
-			return nil, err
+		if pause(ctx) != nil {
+			return nil, fmt.Errorf("%s: the master takes no more connections", filepath.Join(dir, name))
 		}
 		conn, err = paths.Dial(dir, name)
 	}
@@ -179,6 +183,12 @@ func launch(ctx context.Context, dirs paths.Dirs, getenv func(string) string) er
 	if err != nil {
 		return err
 	}
+	if fi, err := os.Lstat(logFile(dirs)); err == nil && fi.Size() > maxLog {
+		if err := os.Rename(logFile(dirs), logFile(dirs)+".1"); err != nil {
+			return err
+		}
+	}
+	sweepNotify(dirs.Run)
 	log, err := os.OpenFile(logFile(dirs), os.O_WRONLY|os.O_CREATE|os.O_APPEND|noFollow, 0o600)
 	if err != nil {
 		return err
@@ -188,7 +198,7 @@ func launch(ctx context.Context, dirs paths.Dirs, getenv func(string) string) er
 	if err != nil {
 		return err
 	}
-	notify, address, remove, err := paths.NotifySocket(dirs.Run, fmt.Sprintf("notify.%d", os.Getpid()))
+	notify, address, remove, err := paths.NotifySocket(dirs.Run, fmt.Sprintf("%s%d", notifyName, os.Getpid()))
 	if err != nil {
 		return err
 	}
@@ -225,12 +235,22 @@ func launch(ctx context.Context, dirs paths.Dirs, getenv func(string) string) er
 			child.terminate()
 			return err
 		case ctx.Err() != nil:
-			child.terminate()
-			return context.Cause(ctx)
+			return context.Cause(ctx) // it goes on: another bridge may be served already
 		case time.Now().After(deadline):
+			if conn, err := Connect(ctx, dirs); err == nil {
+				return conn.Close() // its word was lost
+			}
 			child.terminate()
 			return fmt.Errorf("it was not ready within %v", startTimeout)
 		}
+	}
+}
+
+// sweepNotify removes what starters left that were killed; the caller holds StartLock, so none is in use.
+func sweepNotify(dir string) {
+	left, _ := filepath.Glob(filepath.Join(dir, notifyName+"*")) // the pattern is well formed but for odd folders
+	for _, path := range left {
+		os.Remove(path)
 	}
 }
 

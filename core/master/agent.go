@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
+
+	"github.com/muxproxy/muxproxy/core/paths"
 )
 
 // agent is the caller's authentication agent (pool.Agent).
@@ -43,7 +46,7 @@ func (a *agent) Dial() (net.Conn, error) {
 		defer f.Close()
 		return net.FileConn(f)
 	}
-	return net.Dial("unix", a.path)
+	return paths.Dial(filepath.Split(a.path)) // whose paths may be longer than sockaddr_un
 }
 
 func (a *agent) close() {

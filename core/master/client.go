@@ -308,7 +308,7 @@ func (c *client) serveSSH(spec pool.Spec, l *login, stream net.Conn) {
 			"/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2", filepath.Join(c.master.opts.Dirs.State, paths.KnownHosts)))
 		return
 	case err != nil:
-		c.log.Info().Err(err).Msg("client not let in")
+		c.log.Debug().Err(err).Msg("client has left before its login")
 		if c.ctx.Err() == nil && !errors.Is(err, io.EOF) {
 			c.fatal(err.Error())
 		}

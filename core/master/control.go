@@ -21,7 +21,7 @@ var _ control.Backend = (*Master)(nil)
 // Status implements control.Backend.
 func (m *Master) Status() control.Status {
 	s := control.Status{
-		Version: m.opts.Version, PID: os.Getpid(), Since: m.since, Sockets: m.opts.Dirs.Runtime, Draining: m.draining.Load(),
+		Version: m.opts.Version, PID: os.Getpid(), Since: m.since, Sockets: m.sockets(), Draining: m.draining.Load(),
 		Upstreams: []control.Upstream{}, Clients: []control.Client{},
 	}
 	for _, u := range m.pool.List() {

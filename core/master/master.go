@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -62,6 +63,7 @@ type Master struct {
 	mu        sync.Mutex // guards what follows
 	clients   map[uint64]*client
 	listeners []*paths.Listener // mux, control
+	socketDir string            // where those are
 	idle      chan struct{}     // closed when draining and the last client has left
 }
 
@@ -86,6 +88,7 @@ func Run(ctx context.Context, opts Options) error {
 	defer stop(nil)
 	m := &Master{
 		opts: opts, log: opts.Log, since: time.Now(), stop: stop, lock: lock, clients: map[uint64]*client{},
+		socketDir:  opts.Dirs.Runtime,
 		knownHosts: knownHosts{path: filepath.Join(opts.Dirs.State, paths.KnownHosts), host: host, pid: os.Getpid()},
 	}
 	defer m.unlock()
@@ -116,7 +119,7 @@ func takeOver(ctx context.Context, opts Options) (*paths.FileLock, error) {
 		select {
 		case <-t.C:
 		case <-ctx.Done():
-			return nil, fmt.Errorf("another master holds %s and does not listen; find its pid with fuser and end it", path)
+			return nil, fmt.Errorf("another master holds %s and does not listen: find its pid with fuser, and end it", path)
 		}
 	}
 }
@@ -127,7 +130,7 @@ func (m *Master) unlock() {
 	m.lock = nil
 	m.mu.Unlock()
 	if lock != nil {
-		if err := m.opts.Dirs.Unpublish(m.opts.Dirs.Runtime); err != nil {
+		if err := m.opts.Dirs.Unpublish(m.sockets()); err != nil {
 			m.log.Warn().Err(err).Msg("can't remove the link to the sockets")
 		}
 		lock.Close()
@@ -158,7 +161,8 @@ func (m *Master) run(ctx context.Context) error {
 	m.pool = pool.New(&upstream.Dialer{Log: m.log}, pool.CloseAtOnce{}, m.log)
 	defer m.pool.Close()
 
-	var wg sync.WaitGroup
+	defer m.wg.Wait()
+	var wg sync.WaitGroup // what listens
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -196,6 +200,7 @@ func (m *Master) run(ctx context.Context) error {
 		cut.Go(func() { c.cut(errStopped) })
 	}
 	cut.Wait()
+	wg.Wait()              // so nobody comes any more
 	cutClients(errStopped) // those that came meanwhile
 	m.wg.Wait()
 	m.log.Info().Msg("master has ended")
@@ -221,6 +226,7 @@ func (m *Master) keepListening(ctx context.Context, l *paths.Listener, name stri
 func (m *Master) watch(ctx context.Context, l *paths.Listener, name string, served <-chan error) *paths.Listener {
 	t := time.NewTicker(presentEvery)
 	defer t.Stop()
+	told := false
 	for {
 		select {
 		case err := <-served:
@@ -236,36 +242,59 @@ func (m *Master) watch(ctx context.Context, l *paths.Listener, name string, serv
 		}
 		next, err := m.listenAgain(name)
 		if err != nil {
-			m.log.Error().Err(err).Str("socket", name).Msg("the socket has vanished and can't be made again")
+			if !told {
+				m.log.Error().Err(err).Str("socket", name).Msg("the socket has vanished and can't be made again yet")
+			}
+			told = true
 			continue
 		}
 		m.log.Warn().Str("socket", next.Path()).Msg("the socket had vanished and was made again")
 		m.mu.Lock()
-		for i := range m.listeners {
-			if m.listeners[i] == l {
-				m.listeners[i] = next
-			}
+		i := slices.Index(m.listeners, l)
+		if i >= 0 {
+			m.listeners[i] = next
 		}
 		m.mu.Unlock()
 		l.Close()
 		<-served
+		if i < 0 { // closeListeners was quicker
+			next.Close()
+			return nil
+		}
 		return next
 	}
 }
 
+// listenAgain makes a socket where it was, or, if that place is gone for good, where there always is one: logind takes
+// /run/user/UID away with the user's last session, and the master lives on.
 func (m *Master) listenAgain(name string) (*paths.Listener, error) {
-	if err := m.opts.Dirs.Make(); err != nil {
-		return nil, err
+	dirs := m.opts.Dirs
+	dirs.Runtime = m.sockets()
+	if dirs.Make() != nil {
+		dirs.Runtime = dirs.Run
+		if err := dirs.Make(); err != nil {
+			return nil, err
+		}
 	}
-	l, err := paths.Listen(m.opts.Dirs.Runtime, name)
+	l, err := paths.Listen(dirs.Runtime, name)
 	if err != nil {
 		return nil, err
 	}
-	if err := m.opts.Dirs.Publish(m.opts.Dirs.Runtime); err != nil {
+	if err := dirs.Publish(dirs.Runtime); err != nil {
 		l.Close()
 		return nil, err
 	}
+	m.mu.Lock()
+	m.socketDir = dirs.Runtime
+	m.mu.Unlock()
 	return l, nil
+}
+
+// sockets is the directory that holds the sockets.
+func (m *Master) sockets() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.socketDir
 }
 
 func (m *Master) closeListeners() {

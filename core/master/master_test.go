@@ -119,6 +119,32 @@ func TestAVanishedSocketIsMadeAgain(t *testing.T) {
 	}
 }
 
+// logind takes /run/user/UID away after the last logout; only root could make it again.
+func TestAVanishedRuntimeDirectoryMovesTheSockets(t *testing.T) {
+	dirs := newDirs(t)
+	ready, _, stop := start(t, dirs)
+	within(t, "ready", ready)
+	parent := filepath.Dir(dirs.Runtime)
+	if err := os.RemoveAll(parent); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(parent, nil, 0o600); err != nil { // in the way, for root too
+		t.Fatal(err)
+	}
+	moved := dirs
+	moved.Runtime = dirs.Run
+	for _, name := range []string{paths.MuxSocket, paths.ControlSocket} {
+		eventually(t, name+" is elsewhere", func() bool { return canDial(moved, name) })
+	}
+	if at, err := dirs.Published(); err != nil || at != dirs.Run {
+		t.Errorf("published at %s, %v", at, err)
+	}
+	stop()
+	if _, err := dirs.Published(); err == nil {
+		t.Error("still published")
+	}
+}
+
 // The second of two masters stands back while the first can be reached, and takes over when that has ended.
 func TestOneMaster(t *testing.T) {
 	dirs := newDirs(t)

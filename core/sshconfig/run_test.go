@@ -394,7 +394,7 @@ func TestRunRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	req := Request{User: "u", Host: "h", Port: 22}
-	if _, err := e.run(req); err == nil || err.Error() != "Bad owner or permissions on "+config {
+	if _, err := e.run(req); err == nil || err.Error() != config+": bad owner or permissions" {
 		t.Errorf("a configuration that others can write to: %v", err)
 	}
 	if err := os.Chmod(config, 0o600); err != nil {

@@ -26,7 +26,7 @@ func checkOwner(path string) error {
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || st.Uid != 0 && int(st.Uid) != os.Getuid() || info.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("Bad owner or permissions on %s", path) //nolint:staticcheck // ssh's words
+		return fmt.Errorf("%s: bad owner or permissions", path)
 	}
 	return nil
 }

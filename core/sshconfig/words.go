@@ -80,8 +80,28 @@ func quoteWord(s string) string {
 }
 
 // ours reports whether a ProxyCommand leads to muxproxy: the word that the shell would start is so named, whatever its
-// folder, after `exec`, `command`, `env` and assignments.
+// folder, after `exec`, `command`, `env` and assignments; or such a word stands somewhere (after sudo, in sh -c, behind
+// a test) and what muxproxy takes as its target comes after it.
 func ours(command string) bool {
+	if startsOurs(command) {
+		return true
+	}
+	named := false
+	for _, word := range strings.FieldsFunc(command, func(r rune) bool { return strings.ContainsRune(whitespace+";|&<>()'\"", r) }) {
+		named = named || isOurName(word)
+		if named && strings.Contains(word, "@%h") {
+			return true
+		}
+	}
+	return false
+}
+
+func isOurName(word string) bool {
+	base := word[strings.LastIndexAny(word, `/\`)+1:]
+	return base == "muxproxy" || strings.EqualFold(base, "muxproxy.exe")
+}
+
+func startsOurs(command string) bool {
 	skipping := false // options and assignments of env
 	for rest := command; ; {
 		var word string
@@ -90,7 +110,7 @@ func ours(command string) bool {
 		}
 		base := word[strings.LastIndexAny(word, `/\`)+1:]
 		switch {
-		case base == "muxproxy" || strings.EqualFold(base, "muxproxy.exe"):
+		case isOurName(word):
 			return true
 		case word == "exec" || word == "command":
 		case base == "env":

@@ -163,11 +163,11 @@ func checkText(what, s string, limit int, allowed string) error {
 		return fmt.Errorf("%s of %d bytes: too long, at most %d", what, len(s), limit)
 	}
 	if !utf8.ValidString(s) {
-		return fmt.Errorf("%s %q is not UTF-8", what, s)
+		return fmt.Errorf("%s is not UTF-8", what) // the value may be a secret
 	}
 	for _, r := range s {
 		if (r < ' ' || r >= 0x7f && r < 0xa0) && !strings.ContainsRune(allowed, r) {
-			return fmt.Errorf("%s %q has control characters", what, s)
+			return fmt.Errorf("%s has control characters", what)
 		}
 	}
 	return nil

@@ -476,7 +476,7 @@ func TestPrintable(t *testing.T) {
 	for in, want := range map[string]string{
 		"":                      "",
 		"plain, zoë \\n 日本 👍":   "plain, zoë \\n 日本 👍",
-		"\x1b]0;x\x07":          `\x1b]0;x\a`,
+		"\x1b]0;x\x07":          `\x1b]0;x\x07`,
 		"a\nb\tc\rd\x00\x7f":    `a\nb\tc\rd\x00\x7f`,
 		"\u009b2J":              `\u009b2J`,
 		"a\u202eb\u2066c\u061c": `a\u202eb\u2066c\u061c`,
