@@ -129,7 +129,7 @@ func prepare(dir string) error {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return err
 	}
-	args := []string{"build", "-o", dir + "/"}
+	args := []string{"build", "-buildvcs=false", "-o", dir + "/"}
 	if raceBuild {
 		args = append(args, "-race")
 	}

@@ -24,7 +24,7 @@ import (
 func build(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	out, err := exec.Command("go", "build", "-o", dir+"/", "github.com/muxproxy/muxproxy/cmd/muxproxy",
+	out, err := exec.Command("go", "build", "-buildvcs=false", "-o", dir+"/", "github.com/muxproxy/muxproxy/cmd/muxproxy",
 		"github.com/muxproxy/muxproxy/cmd/muxproxyd").CombinedOutput()
 	if err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
