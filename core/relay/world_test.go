@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -210,7 +209,7 @@ func (w *world) connect(openSSH bool) *client {
 	go func() {
 		conn, err := w.authority.Accept(context.Background(), far, local.Config{
 			User: "alice", Principals: []string{"db.example.com"}, Login: func(context.Context) error { return nil },
-		}, &local.Handshake{})
+		}, local.NewHandshake())
 		if err != nil {
 			t.Error(err)
 		}
