@@ -5,7 +5,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -28,7 +27,7 @@ type Config struct {
 	// Principals are the names under which ssh may look for the host: host, alias, HostKeyAlias. Not empty.
 	Principals []string
 	// Login blocks until the client may be let in, or says why not. It is called at most once, as soon as the client
-	// asks for `none`, a public key or a password; ctx ends with the client.
+	// tries to log in by whatever method; ctx ends with the client. Questions that come meanwhile go by Handshake.Ask.
 	Login func(ctx context.Context) error
 }
 
@@ -54,12 +53,21 @@ func (c *Conn) Requests() <-chan *ssh.Request { return c.requests }
 // OpenSSH tells whether the client calls itself OpenSSH.
 func (c *Conn) OpenSSH() bool { return c.openSSH }
 
-// Handshake is a client on its way in; it can be spoken to by banner (RFC 4252 section 5.4) until it is let in.
+// Handshake is a client on its way in; its person can be spoken to by banner (RFC 4252 section 5.4) and asked by
+// keyboard-interactive until it is let in.
 type Handshake struct {
+	questions chan *asked
+	ended     chan struct{} // closed when authentication has ended
+
 	mu     sync.Mutex            // guards conn, waiting and over
 	conn   ssh.ServerPreAuthConn // nil until the key exchange is over
 	banner []string              // said before that
 	over   bool                  // authentication has ended
+}
+
+// NewHandshake returns a Handshake for one Accept.
+func NewHandshake() *Handshake {
+	return &Handshake{questions: make(chan *asked), ended: make(chan struct{})}
 }
 
 // Say shows a line to the person by banner; it is dropped once the client has been let in.
@@ -90,6 +98,7 @@ func (h *Handshake) end() {
 	h.mu.Lock()
 	h.over, h.banner = true, nil
 	h.mu.Unlock()
+	close(h.ended)
 }
 
 // Accept speaks SSH with one client until it is let in. It owns rwc from then on: on an error it is closed, else the
@@ -137,33 +146,32 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 	}
 
 	var began atomic.Bool // the key exchange is over
-	login := sync.OnceValue(func() error {
+	adm := &admission{h: h, user: cfg.User, done: make(chan struct{}), refuse: cancel}
+	lctx, lcancel := context.WithCancel(ctx)
+	var login sync.WaitGroup
+	defer login.Wait()
+	defer lcancel()
+	defer s.whenDone(lcancel)()
+	adm.begin = sync.OnceFunc(func() {
 		grace.Stop()
-		lctx, lcancel := context.WithCancel(ctx)
-		defer lcancel()
-		defer s.whenDone(lcancel)()
-		return cfg.Login(lctx)
+		login.Go(func() {
+			adm.err = cfg.Login(lctx)
+			close(adm.done)
+			if adm.err != nil {
+				cancel(adm.err) // or ssh would go on to ask for passwords that nobody wants
+			}
+		})
 	})
-	admit := func(c ssh.ConnMetadata) (*ssh.Permissions, error) {
-		err := error(nil)
-		if c.User() != cfg.User {
-			err = fmt.Errorf("the client's user %q is not the target's", c.User())
-		} else {
-			err = login()
-		}
-		if err != nil {
-			cancel(err) // or ssh would go on to ask for a password that nobody wants
-		}
-		return nil, err
-	}
 	config.NoClientAuth = true
-	config.NoClientAuthCallback = admit
-	config.PublicKeyCallback = func(c ssh.ConnMetadata, _ ssh.PublicKey) (*ssh.Permissions, error) { return admit(c) }
-	config.PasswordCallback = func(c ssh.ConnMetadata, _ []byte) (*ssh.Permissions, error) { return admit(c) }
+	config.NoClientAuthCallback = adm.none
+	config.PublicKeyCallback = adm.publicKey
+	config.KeyboardInteractiveCallback = adm.keyboardInteractive
+	config.PasswordCallback = adm.password
 	config.PreAuthConnCallback = func(c ssh.ServerPreAuthConn) {
 		began.Store(true)
 		h.begin(c)
 	}
+
 	sc, channels, requests, err := ssh.NewServerConn(s, config)
 	switch {
 	case err == nil:

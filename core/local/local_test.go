@@ -121,7 +121,7 @@ func TestAlgorithmsFollowTheClient(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			a, published := newAuthority(t)
 			near, far := connPair(t)
-			done := accept(a, far, letIn, &Handshake{})
+			done := accept(a, far, letIn, NewHandshake())
 			var shown ssh.PublicKey
 			c, chans, reqs, err := ssh.NewClientConn(near, "db.example.com:22", &ssh.ClientConfig{
 				Config:            ssh.Config{KeyExchanges: x.kex, Ciphers: x.ciphers},
@@ -192,7 +192,7 @@ func authorized(k ssh.PublicKey) string {
 func TestAnOpenSSHWithoutCertificatesIsToldSo(t *testing.T) {
 	a, _ := newAuthority(t)
 	near, far := connPair(t)
-	done := accept(a, far, letIn, &Handshake{})
+	done := accept(a, far, letIn, NewHandshake())
 	_, _, _, err := ssh.NewClientConn(near, "x", &ssh.ClientConfig{
 		ClientVersion: openSSH92, User: "alice", HostKeyAlgorithms: []string{ssh.KeyAlgoECDSA256},
 		HostKeyCallback: ssh.InsecureIgnoreHostKey(),
@@ -208,7 +208,7 @@ func TestAnOpenSSHWithoutCertificatesIsToldSo(t *testing.T) {
 func TestTheIdentificationGoesOutAtOnce(t *testing.T) {
 	a, _ := newAuthority(t)
 	near, far := connPair(t)
-	done := accept(a, far, letIn, &Handshake{})
+	done := accept(a, far, letIn, NewHandshake())
 	line, err := bufio.NewReader(near).ReadString('\n')
 	if err != nil || line != Identification+"\r\n" {
 		t.Errorf("got %q, %v", line, err)
@@ -263,7 +263,7 @@ func TestWhoIsLetIn(t *testing.T) {
 			a, _ := newAuthority(t)
 			near, far := connPair(t)
 			logins := 0
-			h := &Handshake{}
+			h := NewHandshake()
 			done := accept(a, far, func(context.Context) error {
 				logins++
 				if x.login != nil {
@@ -294,6 +294,142 @@ func TestWhoIsLetIn(t *testing.T) {
 	}
 }
 
+// interactive answers as a person at an ssh would, and notes what was shown.
+type interactive struct {
+	shown   []string
+	answers map[string]string
+	fail    bool
+}
+
+func (i *interactive) challenge(name, instruction string, prompts []string, echos []bool) ([]string, error) {
+	if i.fail {
+		return nil, errors.New("no tty")
+	}
+	var out []string
+	for n, p := range prompts {
+		echo := "hidden"
+		if echos[n] {
+			echo = "echo"
+		}
+		i.shown = append(i.shown, name+"|"+instruction+"|"+p+"|"+echo)
+		out = append(out, i.answers[p])
+	}
+	return out, nil
+}
+
+func TestQuestions(t *testing.T) {
+	wrong := errors.New("permission denied")
+	// The login asks for a secret, and, if that is right, for a code.
+	login := func(h *Handshake) func(context.Context) error {
+		return func(ctx context.Context) error {
+			for _, q := range []struct {
+				q    Question
+				want string
+			}{
+				{Question{"muxproxy", "", []string{"Password: "}, []bool{false}}, "secret"},
+				{Question{"server db", "two steps", []string{"Code: "}, []bool{true}}, "123"},
+			} {
+				for tries := 0; ; tries++ {
+					answers, err := h.Ask(ctx, q.q)
+					if err != nil {
+						return err
+					}
+					if answers[0] == q.want {
+						break
+					}
+					if tries == 2 {
+						return wrong
+					}
+				}
+			}
+			return nil
+		}
+	}
+	codeOnly := func(h *Handshake) func(context.Context) error {
+		return func(ctx context.Context) error {
+			answers, err := h.Ask(ctx, Question{Prompts: []string{"Password: "}, Echos: []bool{false}})
+			if err == nil && answers[0] != "secret" {
+				err = wrong
+			}
+			return err
+		}
+	}
+	good := map[string]string{"Password: ": "secret", "Code: ": "123"}
+	for name, x := range map[string]struct {
+		login  func(*Handshake) func(context.Context) error
+		person interactive
+		auth   func(*interactive) []ssh.AuthMethod
+		err    error
+		shown  []string
+	}{
+		"two steps": {
+			login: login, person: interactive{answers: good},
+			auth: func(i *interactive) []ssh.AuthMethod {
+				return []ssh.AuthMethod{ssh.KeyboardInteractive(i.challenge)}
+			},
+			shown: []string{"muxproxy||Password: |hidden", "server db|two steps|Code: |echo"},
+		},
+		"wrong": {
+			login: login, person: interactive{answers: map[string]string{}},
+			auth: func(i *interactive) []ssh.AuthMethod {
+				return []ssh.AuthMethod{ssh.KeyboardInteractive(i.challenge)}
+			},
+			err:   wrong,
+			shown: []string{"muxproxy||Password: |hidden", "muxproxy||Password: |hidden", "muxproxy||Password: |hidden"},
+		},
+		"only password": {
+			login: codeOnly, auth: func(*interactive) []ssh.AuthMethod { return []ssh.AuthMethod{ssh.Password("secret")} },
+		},
+		"only a wrong password": {
+			login: codeOnly, auth: func(*interactive) []ssh.AuthMethod { return []ssh.AuthMethod{ssh.Password("no")} }, err: wrong,
+		},
+		"password, then a code that nobody can be asked for": {
+			login: login, auth: func(*interactive) []ssh.AuthMethod { return []ssh.AuthMethod{ssh.Password("secret")} },
+			err: ErrUnanswered,
+		},
+		"no method that asks": {login: login, auth: func(*interactive) []ssh.AuthMethod { return nil }, err: ErrUnanswered},
+		"asks, but can't show": {
+			login: login, person: interactive{fail: true},
+			auth: func(i *interactive) []ssh.AuthMethod {
+				return []ssh.AuthMethod{ssh.KeyboardInteractive(i.challenge)}
+			},
+			err: ErrUnanswered,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, _ := newAuthority(t)
+			near, far := connPair(t)
+			h := NewHandshake()
+			ended := make(chan error, 1)
+			done := accept(a, far, func(ctx context.Context) error {
+				err := x.login(h)(ctx)
+				ended <- err
+				return err
+			}, h)
+			person := x.person
+			c, err := dial(near, ssh.ClientConfig{User: "alice", Auth: x.auth(&person)})
+			if (err == nil) != (x.err == nil) {
+				t.Errorf("the client got %v", err)
+			}
+			if err != nil {
+				near.Close()
+			}
+			// A client that left is noticed by its transport, or by the question that it did not answer.
+			if err := take(t, "the login's end", ended); !errors.Is(err, x.err) && !errors.Is(err, context.Canceled) {
+				t.Errorf("the login ended with %v, want %v", err, x.err)
+			}
+			if in := take(t, "decision", done); in.err == nil {
+				c.Close()
+				in.conn.Close()
+				in.conn.Wait()
+			}
+			if !slices.Equal(person.shown, x.shown) {
+				t.Errorf("shown %q, want %q", person.shown, x.shown)
+			}
+		})
+	}
+}
+
 func TestAClientThatLeavesEndsItsLogin(t *testing.T) {
 	a, _ := newAuthority(t)
 	near, far := connPair(t)
@@ -303,7 +439,7 @@ func TestAClientThatLeavesEndsItsLogin(t *testing.T) {
 		<-ctx.Done()
 		close(ended)
 		return ctx.Err()
-	}, &Handshake{})
+	}, NewHandshake())
 	go dial(near, ssh.ClientConfig{User: "alice"})
 	<-waiting
 	near.Close()
@@ -316,7 +452,7 @@ func TestAClientThatLeavesEndsItsLogin(t *testing.T) {
 func TestARefusedHostKeyIsRecognised(t *testing.T) {
 	a, _ := newAuthority(t)
 	near, far := connPair(t)
-	done := accept(a, far, letIn, &Handshake{})
+	done := accept(a, far, letIn, NewHandshake())
 	_, err := dial(near, ssh.ClientConfig{
 		User: "alice", HostKeyCallback: func(string, net.Addr, ssh.PublicKey) error { return errors.New("unknown") },
 	})
@@ -367,7 +503,7 @@ func TestBadOpeningsEndAlone(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			a, _ := newAuthority(t)
 			near, far := connPair(t)
-			done := accept(a, far, letIn, &Handshake{})
+			done := accept(a, far, letIn, NewHandshake())
 			io.WriteString(near, bytes)
 			near.(*net.TCPConn).CloseWrite()
 			if in := take(t, "the end", done); in.err == nil {

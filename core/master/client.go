@@ -8,6 +8,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -46,7 +48,8 @@ type client struct {
 	ctx    context.Context // ends with the client
 	cancel context.CancelCauseFunc
 
-	handshake local.Handshake
+	handshake *local.Handshake
+	batch     bool          // BatchMode: its person is never asked
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -58,7 +61,9 @@ type client struct {
 // serve is a client's whole life. It owns nc.
 func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	defer nc.Close()
-	c := &client{id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now()}
+	c := &client{
+		id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now(), handshake: local.NewHandshake(),
+	}
 	c.log = m.log.With().Uint64("client", c.id).Logger()
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	defer c.cancel(nil)
@@ -104,6 +109,7 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	if !ok {
 		return
 	}
+	c.batch = spec.Config.Get("batchmode") == "yes"
 	_ = nc.SetDeadline(time.Time{})
 	stopHello() // from here on the person is told before the end
 	m.enter(c)
@@ -300,7 +306,7 @@ func (c *client) serveSSH(spec pool.Spec, l *login, stream net.Conn) {
 			}
 			return l.err
 		},
-	}, &c.handshake)
+	}, c.handshake)
 	switch {
 	case errors.Is(err, local.ErrHostKeyRefused):
 		c.log.Info().Err(err).Msg("client has left in the key exchange")
@@ -339,8 +345,40 @@ func (f front) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.
 
 var _ relay.Client = front{}
 
-// Ask implements pool.Asker.
-func (c *client) Ask(context.Context, pool.Question) ([]string, error) { return nil, pool.ErrNobody }
+// Ask implements pool.Asker: the question appears in the user's own ssh.
+func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
+	if c.batch {
+		return nil, pool.ErrNobody
+	}
+	lq := local.Question{Name: use.Printable(q.Title), Instruction: printableLines(q.Text)}
+	for _, p := range q.Prompts {
+		// Whose question it is stands in each prompt: the server's text could pose as ours.
+		lq.Prompts = append(lq.Prompts, use.Printable(q.Title)+": "+printableLines(p.Text))
+		lq.Echos = append(lq.Echos, p.Echo)
+	}
+	answers, err := c.handshake.Ask(ctx, lq)
+	if errors.Is(err, local.ErrUnanswered) {
+		return nil, pool.ErrNobody
+	}
+	if err == nil && !c.hasTerminal() && !slices.ContainsFunc(answers, func(a string) bool { return a != "" }) {
+		return nil, pool.ErrNobody // ssh without a terminal answers "" at once, every time
+	}
+	return answers, err
+}
+
+// hasTerminal tells whether the ssh at this client has a terminal to ask at.
+func (c *client) hasTerminal() bool {
+	return slices.ContainsFunc(c.caller.Processes[:min(2, len(c.caller.Processes))], func(p use.Process) bool { return p.TTY != "" })
+}
+
+// printableLines escapes text, but keeps its lines.
+func printableLines(s string) string {
+	lines := strings.Split(strings.ReplaceAll(s, "\r\n", "\n"), "\n")
+	for i, l := range lines {
+		lines[i] = use.Printable(l)
+	}
+	return strings.Join(lines, "\n")
+}
 
 // cut ends the client now, after the person has been told why.
 func (c *client) cut(reason error) {

@@ -209,7 +209,7 @@ func (w *world) connect(openSSH bool) *client {
 	go func() {
 		conn, err := w.authority.Accept(context.Background(), far, local.Config{
 			User: "alice", Principals: []string{"db.example.com"}, Login: func(context.Context) error { return nil },
-		}, &local.Handshake{})
+		}, local.NewHandshake())
 		if err != nil {
 			t.Error(err)
 		}
