@@ -261,7 +261,18 @@ func (b *bridge) resolve(w *wire.Conn) error {
 	if err != nil {
 		return w.SendResolution(wire.Resolution{Error: err.Error()}, nil)
 	}
+	hops, err := sshconfig.Hops(b.gone, b.request(), config)
+	if err != nil {
+		return w.SendResolution(wire.Resolution{Error: err.Error()}, nil)
+	}
 	r := wire.Resolution{Config: *config, AgentPath: b.agentPath(config)}
+	for _, h := range hops {
+		r.Hops = append(r.Hops, wire.Hop{
+			Target:    wire.Target{User: h.User, Host: h.Host, Port: h.Port, Alias: h.Alias},
+			Config:    *h.Config,
+			AgentPath: b.agentPath(h.Config),
+		})
+	}
 	if r.AgentPath == "" {
 		err = w.SendResolution(r, nil)
 	} else if agent, err1 := paths.Dial(filepath.Split(r.AgentPath)); err1 != nil {
@@ -281,9 +292,13 @@ func (b *bridge) resolve(w *wire.Conn) error {
 
 // config asks ssh -G about the target.
 func (b *bridge) config() (*sshconfig.Resolved, error) {
-	return sshconfig.Run(b.gone, sshconfig.Request{
+	return sshconfig.Run(b.gone, b.request())
+}
+
+func (b *bridge) request() sshconfig.Request {
+	return sshconfig.Request{
 		Args: b.args, User: b.target.User, Host: b.target.Host, Port: b.target.Port, Alias: b.target.Alias,
-	})
+	}
 }
 
 // agentPath is the absolute path of the caller's agent, or "". See IdentityAgent in ssh_config(5); package sshconfig

@@ -38,7 +38,6 @@ var ErrHostKeyRefused = errors.New("ssh did not take the local host key")
 // Conn is one local client that has been let in. Channels and Requests must be drained until they close.
 type Conn struct {
 	*ssh.ServerConn
-	stream   *stream
 	openSSH  bool
 	channels <-chan ssh.NewChannel
 	requests <-chan *ssh.Request
@@ -175,12 +174,12 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 	sc, channels, requests, err := ssh.NewServerConn(s, config)
 	switch {
 	case err == nil:
-	case !began.Load() && s.ended():
+	case !began.Load() && s.ended() && s.writes.Load() > 1:
 		return nil, endError(ctx, ErrHostKeyRefused)
 	default:
 		return nil, endError(ctx, err)
 	}
-	return &Conn{ServerConn: sc, stream: s, openSSH: o.openSSH(), channels: channels, requests: requests}, nil
+	return &Conn{ServerConn: sc, openSSH: o.openSSH(), channels: channels, requests: requests}, nil
 }
 
 // endError prefers the reason why we ended the client over what that did to its stream.
@@ -207,9 +206,10 @@ func Principals(names ...string) []string {
 // that has already been sent, and notices the end.
 type stream struct {
 	net.Conn
-	r       io.Reader   // where to read; set before x/crypto reads
-	swallow int         // bytes of identification still to be swallowed; owned by the writer of the handshake
-	gone    atomic.Bool // a read or write failed
+	r       io.Reader    // where to read; set before x/crypto reads
+	swallow int          // bytes of identification still to be swallowed; owned by the writer of the handshake
+	writes  atomic.Int32 // packets of the handshake so far: KEXINIT, then the one with the host key
+	gone    atomic.Bool  // a read or write failed
 	done    chan struct{}
 	once    sync.Once // closes done
 	closing sync.Once // closes Conn
@@ -231,6 +231,7 @@ func (s *stream) Write(p []byte) (int, error) {
 	if swallowed == len(p) {
 		return len(p), nil
 	}
+	s.writes.Add(1)
 	n, err := s.Conn.Write(p[swallowed:])
 	return swallowed + n, s.noted(err)
 }

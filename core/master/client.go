@@ -144,37 +144,49 @@ func (c *client) checkNamespaces() error {
 // resolve finds out what to dial. A known answer does if its upstream lives; a login needs the caller's agent anyway,
 // and only the bridge can connect that. If it fails, the bridge has been told. The agent is the caller's to close.
 func (c *client) resolve() (pool.Spec, *agent, bool) {
-	spec := pool.Spec{Target: c.target}
 	if r, ok := c.master.configs.get(c.hello); ok {
-		ag := newAgent(r.agentPath, nil)
-		spec.Config = &r.config
-		if ag != nil {
-			spec.Agent = ag
-		}
-		if c.master.pool.Alive(spec) {
+		if spec, ag := r.spec(c.target, nil); c.master.pool.Alive(spec) {
 			return spec, ag, true
 		}
 	}
 	_ = c.wire.NetConn().SetDeadline(time.Now().Add(resolveTime))
 	if !c.answer(wire.Resolve, "") {
-		return spec, nil, false
+		return pool.Spec{}, nil, false
 	}
 	res, conn, err := c.wire.ReadResolution()
 	if err != nil {
 		c.log.Warn().Err(err).Msg("no resolution")
-		return spec, nil, false
+		return pool.Spec{}, nil, false
 	}
-	ag := newAgent(res.AgentPath, conn)
 	if res.Error != "" {
+		if conn != nil {
+			conn.Close()
+		}
 		c.answer(wire.Failed, res.Error)
-		return spec, ag, false
+		return pool.Spec{}, nil, false
 	}
-	c.master.configs.put(c.hello, resolution{res.Config, res.AgentPath})
-	spec.Config, spec.Agent = &res.Config, nil
+	r := resolution{res.Config, res.AgentPath, res.Hops}
+	c.master.configs.put(c.hello, r)
+	spec, ag := r.spec(c.target, conn)
+	return spec, ag, true
+}
+
+// spec is what to dial. conn is the agent's connection that the bridge made, or nil; the agent owns it, and is the
+// caller's to close.
+func (r *resolution) spec(target use.Target, conn *os.File) (pool.Spec, *agent) {
+	spec := pool.Spec{Target: target, Config: &r.config}
+	ag := newAgent(r.agentPath, conn)
 	if ag != nil {
 		spec.Agent = ag
 	}
-	return spec, ag, true
+	for i := range r.hops {
+		hop := pool.Spec{Target: use.Target(r.hops[i].Target), Config: &r.hops[i].Config}
+		if a := newAgent(r.hops[i].AgentPath, nil); a != nil {
+			hop.Agent = a
+		}
+		spec.Via = append(spec.Via, hop)
+	}
+	return spec, ag
 }
 
 func (c *client) answer(kind wire.AnswerKind, message string) bool {
@@ -223,6 +235,12 @@ func (c *client) serveSocket(spec pool.Spec, nc *net.UnixConn) {
 	defer l.release()
 	select {
 	case <-connected:
+	case <-l.done: // without a word about its transport, or failed
+		if l.err != nil {
+			stop()
+			c.answer(wire.Failed, l.err.Error())
+			return
+		}
 	case err := <-failed:
 		stop()
 		c.answer(wire.Failed, err.Error())

@@ -3,6 +3,7 @@ package master
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"slices"
 	"sync"
 
 	"github.com/muxproxy/muxproxy/core/sshconfig"
@@ -22,6 +23,16 @@ type configs struct {
 type resolution struct {
 	config    sshconfig.Resolved
 	agentPath string
+	hops      []wire.Hop
+}
+
+// fresh tells whether no file has changed that was read for it.
+func (r *resolution) fresh() bool {
+	return r.config.Fresh() && !slices.ContainsFunc(r.hops, func(h wire.Hop) bool { return !h.Config.Fresh() })
+}
+
+func (r *resolution) volatile() bool {
+	return r.config.Volatile || slices.ContainsFunc(r.hops, func(h wire.Hop) bool { return h.Config.Volatile })
 }
 
 // configKey is all that an answer depends on, files apart.
@@ -39,11 +50,11 @@ func (c *configs) get(h wire.Hello) (resolution, bool) {
 	c.mu.Lock()
 	r, ok := c.byKey[configKey(h)]
 	c.mu.Unlock()
-	return r, ok && r.config.Fresh()
+	return r, ok && r.fresh()
 }
 
 func (c *configs) put(h wire.Hello, r resolution) {
-	if r.config.Volatile {
+	if r.volatile() {
 		return
 	}
 	c.mu.Lock()

@@ -26,8 +26,8 @@ import (
 const (
 	// presentEvery is how often the sockets' names are looked after: a vanished one keeps every new ssh out.
 	presentEvery = time.Second
-	// takeOverTime is how long a master waits for another one that can't be reached: twice what a shutdown may take,
-	// and less than what a bridge waits.
+	// takeOverTime is how long a master waits for another one that can't be reached: more than a shutdown takes, which
+	// gives clients a second for their last line and commands two, and less than a bridge waits.
 	takeOverTime = 6 * time.Second
 	// acceptPause is the wait after a failed accept (fd limit reached).
 	acceptPause = 100 * time.Millisecond
@@ -158,7 +158,7 @@ func (m *Master) run(ctx context.Context) error {
 			m.log.Warn().Err(err).Msg("can't take the local CA out of known_hosts")
 		}
 	}()
-	m.pool = pool.New(&upstream.Dialer{Log: m.log}, pool.CloseAtOnce{}, m.log)
+	m.pool = pool.New(&upstream.Dialer{Log: m.log}, pool.CloseAtOnce{}, m.gate, m.log)
 	defer m.pool.Close()
 
 	defer m.wg.Wait()

@@ -20,6 +20,11 @@ type Spec struct {
 	Agent  Agent               // the caller's agent; nil: none
 	// Connected is called once when the transport (TCP, or what stands for it) is up, before the SSH handshake. May be nil.
 	Connected func()
+	// Transport makes what stands for TCP, for a host that is reached through another (ProxyJump). The connection is the
+	// dialer's to close, also when it comes with ctx already ended. nil: TCP, or the user's own ProxyCommand.
+	Transport func(ctx context.Context) (net.Conn, error)
+	// Via are the jump hosts, in the order in which they are passed. The pool makes Transport of them.
+	Via []Spec
 }
 
 // Agent is the caller's authentication agent.

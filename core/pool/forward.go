@@ -89,7 +89,9 @@ func (l *Listener) end(send func(name string, data []byte)) {
 		l.lease.mu.Lock()
 		delete(l.lease.listeners, l)
 		l.lease.mu.Unlock()
-		l.lease.up.fwd.remove(l)
+		if !l.lease.up.fwd.remove(l) {
+			return // the server gave the address to a newer forward (StreamLocalBindUnlink); a cancel would end that
+		}
 		if _, name, data := l.addr.requests(); !l.lease.up.conn.Down() {
 			send(name, data)
 		}
@@ -128,15 +130,17 @@ func (f *forwards) settle(l *Listener) {
 }
 
 // remove takes l out, unless a newer forward has its place.
-func (f *forwards) remove(l *Listener) {
+func (f *forwards) remove(l *Listener) bool {
 	f.mu.Lock()
-	if f.owners[l.addr] == l {
-		delete(f.owners, l.addr)
+	defer f.mu.Unlock()
+	if f.owners[l.addr] != l {
+		return false
 	}
-	f.mu.Unlock()
+	delete(f.owners, l.addr)
+	return true
 }
 
-// end wakes those who wait for an answer that will not come.
+// end forgets all owners, when the upstream has ended.
 func (f *forwards) end() {
 	f.mu.Lock()
 	clear(f.owners)

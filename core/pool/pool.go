@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"golang.org/x/crypto/ssh"
 
 	"github.com/muxproxy/muxproxy/core/use"
 )
@@ -18,6 +19,7 @@ import (
 type Pool struct {
 	dialer   Dialer
 	retainer Retainer
+	gate     use.Gate
 	log      zerolog.Logger
 
 	ctx    context.Context // ends with Close; dials live in it
@@ -32,9 +34,9 @@ type Pool struct {
 	closed  bool
 }
 
-// New returns an empty pool. Close ends it and waits.
-func New(d Dialer, r Retainer, log zerolog.Logger) *Pool {
-	p := &Pool{dialer: d, retainer: r, log: log, flights: map[flightKey]*flight{}}
+// New returns an empty pool. The gate is asked for jumps through pooled upstreams. Close ends it and waits.
+func New(d Dialer, r Retainer, gate use.Gate, log zerolog.Logger) *Pool {
+	p := &Pool{dialer: d, retainer: r, gate: gate, log: log, flights: map[flightKey]*flight{}}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	return p
 }
@@ -69,6 +71,7 @@ type flight struct {
 	// guarded by Pool.mu
 	waiters []*waiter // oldest first
 	tcpUp   bool
+	drain   bool  // the upstream takes no others than those that wait
 	reason  error // why we ended it
 }
 
@@ -93,7 +96,7 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 	if spec.Agent != nil {
 		k.agent = spec.Agent.ID()
 	}
-	l, f, w, err := p.join(k, spec, ask)
+	l, f, w, err := p.join(k, spec, permit.Use(), ask)
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +123,7 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 }
 
 // join finds a living upstream, or a flight to wait for, starting one if there is none.
-func (p *Pool) join(k flightKey, spec Spec, ask Asker) (*Lease, *flight, *waiter, error) {
+func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *flight, *waiter, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
@@ -142,6 +145,7 @@ func (p *Pool) join(k flightKey, spec Spec, ask Asker) (*Lease, *flight, *waiter
 		var ctx context.Context
 		ctx, f.cancel = context.WithCancel(p.ctx)
 		spec.Connected = func() { p.tcpUp(f) }
+		spec.Transport = p.transport(spec, by, flightAsker{p, f})
 		p.wg.Go(func() { p.dial(ctx, k, spec, f) })
 	} else if f.tcpUp && w.connected != nil {
 		p.wg.Go(w.connected)
@@ -202,14 +206,15 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 
 	p.mu.Lock()
 	p.dropFlightLocked(f)
-	if err == nil && (p.closed || len(f.waiters) == 0) {
+	if err == nil && (p.closed || len(f.waiters) == 0 || f.reason != nil) {
 		// Nobody is left to hold it, and an upstream without a client closes at once.
-		defer conn.Close()
+		p.wg.Go(func() { end(conn) })
 		err = errClosed
 	}
 	var u *upstream
 	if err == nil {
 		u = newUpstream(p, f.id, k, spec, conn)
+		u.draining = f.drain
 		p.ups = append(p.ups, u)
 		for _, w := range f.waiters {
 			w.lease = u.leaseLocked()
@@ -227,6 +232,16 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 	p.log.Info().Uint64("upstream", f.id).Stringer("target", spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
 		Str("server", use.Printable(s.Version)).Dur("took", time.Since(f.since)).Msg("upstream is up")
 	u.run()
+}
+
+// end closes a connection that nobody uses.
+func end(conn Conn) {
+	conn.Close()
+	go ssh.DiscardRequests(conn.Requests())
+	for nc := range conn.Channels() {
+		_ = nc.Reject(ssh.ConnectionFailed, "closing")
+	}
+	_ = conn.Wait() // closed by us
 }
 
 // flightAsker puts a dial's question to the oldest waiting client that can show it; if that one leaves, to the next.
@@ -346,6 +361,13 @@ func (p *Pool) Drain(match func(ConnInfo) bool) int {
 			}
 		}
 	}
+	for _, f := range p.flights {
+		if match(f.infoLocked()) {
+			n++
+			f.drain = true
+			p.dropFlightLocked(f)
+		}
+	}
 	p.mu.Unlock()
 	for _, u := range idle {
 		u.conn.Close()
@@ -370,6 +392,7 @@ func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
 		if match(f.infoLocked()) {
 			f.reason = reason
 			flights = append(flights, f)
+			p.dropFlightLocked(f) // a newcomer gets a dial of its own
 		}
 	}
 	p.mu.Unlock()

@@ -169,7 +169,7 @@ func (a fakeAgent) ID() string            { return string(a) }
 func (fakeAgent) Dial() (net.Conn, error) { return nil, errors.New("no") }
 
 func newPool(t *testing.T, d Dialer, r Retainer) *Pool {
-	p := New(d, r, zerolog.Nop())
+	p := New(d, r, gate, zerolog.Nop())
 	t.Cleanup(p.Close)
 	return p
 }
@@ -557,8 +557,8 @@ func (refusing) SendRequest(string, bool, []byte) (bool, []byte, error) { return
 func TestQueue(t *testing.T) {
 	in := make(chan *ssh.Request)
 	over := make(chan struct{})
-	out := Queue(in, 100, func() { close(over) })
-	for i := range 101 {
+	out := Queue(in, func() { close(over) })
+	for i := range maxQueued + 1 {
 		select {
 		case in <- &ssh.Request{Type: fmt.Sprint(i)}:
 		case <-time.After(patience):
@@ -575,7 +575,58 @@ func TestQueue(t *testing.T) {
 		}
 		n++
 	}
-	if n != 100 {
+	if n != maxQueued {
 		t.Errorf("%d requests came through", n)
+	}
+}
+
+func TestQueueBoundsBytes(t *testing.T) {
+	in := make(chan *ssh.Request)
+	over := make(chan struct{})
+	out := Queue(in, func() { close(over) })
+	for range maxQueuedBytes/(256<<10) + 1 {
+		in <- &ssh.Request{Payload: make([]byte, 256<<10)}
+	}
+	<-over
+	close(in)
+	n := 0
+	for range out {
+		n++
+	}
+	if n != maxQueuedBytes/(256<<10) {
+		t.Errorf("%d requests came through", n)
+	}
+}
+
+// A client that comes after a dial was told to close, or to drain, gets one of its own.
+func TestNewcomersDontJoinAClosedDial(t *testing.T) {
+	all := func(ConnInfo) bool { return true }
+	for name, stop := range map[string]func(*Pool){
+		"close": func(p *Pool) { p.CloseMatching(all, errors.New("closed by hand")) },
+		"drain": func(p *Pool) { p.Drain(all) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := &dialer{hold: make(chan struct{})}
+			p := newPool(t, d, CloseAtOnce{})
+			old := make(chan *Lease, 1)
+			go func() {
+				l, _ := p.Acquire(context.Background(), permit(t, use.Attach), spec("alice"), noAsker{})
+				old <- l
+			}()
+			eventually(t, "dialling", func() bool { return len(p.List()) == 1 && d.count() == 1 })
+			stop(p)
+			fresh := make(chan *Lease, 1)
+			go func() { fresh <- acquire(t, p, spec("alice")) }()
+			eventually(t, "a second dial", func() bool { return d.count() == 2 })
+			close(d.hold)
+			l := <-fresh
+			if o := <-old; o != nil {
+				if name == "close" || o.ID() == l.ID() {
+					t.Errorf("leases %d and %d", o.ID(), l.ID())
+				}
+				o.Release()
+			}
+			l.Release()
+		})
 	}
 }

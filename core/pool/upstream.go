@@ -28,6 +28,9 @@ type upstream struct {
 
 	channels atomic.Int64
 	in, out  atomic.Int64
+	// keepalives are channel keepalives of the server's to be answered. They don't wait for a client: one that is
+	// stopped would let the server give the whole connection up.
+	keepalives chan *ssh.Request
 
 	// guarded by Pool.mu
 	leases   map[*Lease]struct{}
@@ -41,9 +44,9 @@ type upstream struct {
 func newUpstream(p *Pool, id uint64, k flightKey, spec Spec, conn Conn) *upstream {
 	u := &upstream{
 		pool: p, id: id, key: k.key, spec: spec, conn: conn, since: time.Now(),
-		dead: make(chan struct{}), leases: map[*Lease]struct{}{},
+		dead: make(chan struct{}), leases: map[*Lease]struct{}{}, keepalives: make(chan *ssh.Request, 16),
 	}
-	u.spec.Connected = nil
+	u.spec.Connected, u.spec.Transport, u.spec.Via = nil, nil, nil
 	u.fwd.init()
 	return u
 }
@@ -77,6 +80,7 @@ func (u *upstream) infoLocked() ConnInfo {
 func (u *upstream) run() {
 	var drains sync.WaitGroup
 	drains.Go(u.serveRequests)
+	drains.Go(u.answerKeepalives)
 	drains.Go(u.serveChannels)
 	u.pool.wg.Go(func() {
 		err := u.conn.Wait()
@@ -98,8 +102,20 @@ func (u *upstream) run() {
 // serveRequests answers the server's global requests. keepalive@openssh.com wants any answer; hostkeys-00@openssh.com
 // and whatever else comes are ours to refuse, never a client's.
 func (u *upstream) serveRequests() {
-	for r := range Queue(u.conn.Requests(), maxQueued, func() { u.conn.Close() }) {
+	for r := range Queue(u.conn.Requests(), func() { u.conn.Close() }) {
 		_ = r.Reply(false, nil) // a dead connection is noticed by its watcher
+	}
+}
+
+// answerKeepalives answers what Lease.queue finds. A server that sends more of them than it reads answers to gets fewer.
+func (u *upstream) answerKeepalives() {
+	for {
+		select {
+		case r := <-u.keepalives:
+			_ = r.Reply(false, nil) // any answer will do
+		case <-u.dead:
+			return
+		}
 	}
 }
 
@@ -126,8 +142,9 @@ func (u *upstream) serveChannels() {
 }
 
 const (
-	// maxQueued bounds the requests that wait for someone who does not take them.
-	maxQueued = 4096
+	// maxQueued and maxQueuedBytes bound the requests that wait for someone who does not take them.
+	maxQueued      = 4096
+	maxQueuedBytes = 1 << 20
 	// maxPendingOpens bounds the channels of a server that wait until their owner is known.
 	maxPendingOpens = 256
 	// maxPendingPerListener bounds those that wait for one owner's answer.
@@ -136,17 +153,19 @@ const (
 
 // Queue takes requests from in without ever letting them wait there: x/crypto stops reading the whole connection at
 // the 17th that nobody takes (chanSize in its mux.go). It ends, and closes what it returns, when in is closed and the
-// rest has been taken. Past most waiting requests overflow is called, once, and all further ones are dropped; it must
-// end the connection or channel that sends them. The returned channel must be drained.
-func Queue(in <-chan *ssh.Request, most int, overflow func()) <-chan *ssh.Request {
+// rest has been taken. Past a bound overflow is called, once, and all further requests are dropped; it must end the
+// connection or channel that sends them. The returned channel must be drained.
+func Queue(in <-chan *ssh.Request, overflow func()) <-chan *ssh.Request {
 	out := make(chan *ssh.Request)
-	go queue(in, out, most, overflow)
+	go queue(in, out, nil, overflow)
 	return out
 }
 
-func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, most int, overflow func()) {
+// queue is Queue; mine may keep a request for itself, and must not block.
+func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, mine func(*ssh.Request) bool, overflow func()) {
 	defer close(out)
 	var waiting []*ssh.Request
+	size := 0 // bytes of payload in waiting
 	over := false
 	for in != nil || len(waiting) > 0 {
 		var next *ssh.Request
@@ -159,14 +178,17 @@ func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, most int, overflow f
 			switch {
 			case !ok:
 				in = nil
-			case len(waiting) < most && !over:
+			case mine != nil && mine(r):
+			case len(waiting) < maxQueued && size+len(r.Payload) <= maxQueuedBytes && !over:
 				waiting = append(waiting, r)
+				size += len(r.Payload)
 			case !over:
 				over = true
 				// Not here: ending a connection may wait for its reader, which may wait for us.
 				go overflow()
 			}
 		case to <- next:
+			size -= len(next.Payload)
 			waiting[0] = nil
 			waiting = waiting[1:]
 		}
@@ -221,6 +243,10 @@ func (u *upstream) stillIdle(idle uint64) bool {
 
 // Lease is a client's hold on its target's upstream. It must be released.
 type Lease struct {
+	// Overflow ends the client: the server sends it more channel requests than can wait. Set before the first channel is
+	// opened; nil: only the channel ends.
+	Overflow func()
+
 	up   *upstream
 	once sync.Once
 
@@ -295,11 +321,10 @@ func (l *Lease) Release() {
 			u.idle++
 		}
 		idle := u.idle
-		closed := u.pool.closed
-		u.pool.mu.Unlock()
-		if last && !closed {
+		if last && !u.pool.closed {
 			u.pool.wg.Go(func() { u.release(idle) })
 		}
+		u.pool.mu.Unlock()
 	})
 }
 
@@ -349,7 +374,7 @@ func (l *Lease) request(ctx context.Context, name string, wantReply bool, payloa
 	}
 }
 
-// Go runs f, which ends with the upstream at the latest, in a goroutine that the pool waits for.
+// Go runs f, which ends when the upstream or the client has ended, in a goroutine that the pool waits for.
 func (l *Lease) Go(f func()) { l.up.pool.wg.Go(f) }
 
 // Discard refuses what still comes on a channel's requests, until that closes.
@@ -358,7 +383,7 @@ func (l *Lease) Discard(reqs <-chan *ssh.Request) { l.Go(func() { discard(reqs) 
 // Adopt makes a channel that the server opened count as one of the upstream's. It returns the channel's requests,
 // which must be drained.
 func (l *Lease) Adopt(ch ssh.Channel, reqs <-chan *ssh.Request) <-chan *ssh.Request {
-	return l.up.counted(ch, reqs)
+	return l.queue(ch, reqs)
 }
 
 // open does not outlive ctx, but an open that is under way does: it is closed as soon as it has been confirmed.
@@ -370,36 +395,58 @@ func (l *Lease) open(ctx context.Context, kind string, extra []byte) (ssh.Channe
 	}
 	u := l.up
 	done := make(chan result)
-	u.pool.wg.Go(func() {
+	// Not one that the pool waits for: x/crypto forgets an open that it sends in the moment when the connection ends.
+	go func() {
 		ch, reqs, err := u.conn.OpenChannel(kind, extra)
 		if err == nil {
-			reqs = u.counted(ch, reqs)
+			reqs = l.queue(ch, reqs)
 		}
 		select {
 		case done <- result{ch, reqs, err}:
+			return
 		case <-ctx.Done():
-			if err == nil {
-				ch.Close()
-				discard(reqs)
-			}
+		case <-u.dead:
 		}
-	})
+		if err == nil {
+			ch.Close()
+			discard(reqs)
+		}
+	}()
 	select {
 	case r := <-done:
 		return r.ch, r.reqs, r.err
 	case <-ctx.Done():
 		return nil, nil, context.Cause(ctx)
+	case <-u.dead:
+		return nil, nil, l.Reason()
 	}
 }
 
-// counted keeps the channel in the upstream's count until the server has closed it too, and its requests from
-// blocking the connection.
-func (u *upstream) counted(ch ssh.Channel, in <-chan *ssh.Request) <-chan *ssh.Request {
+// queue keeps the channel in the upstream's count until the server has closed it too, and its requests from blocking
+// the connection.
+func (l *Lease) queue(ch ssh.Channel, in <-chan *ssh.Request) <-chan *ssh.Request {
+	u := l.up
 	u.channels.Add(1)
 	out := make(chan *ssh.Request)
+	mine := func(r *ssh.Request) bool {
+		if r.Type != "keepalive@openssh.com" {
+			return false
+		}
+		select {
+		case u.keepalives <- r:
+		default:
+		}
+		return true
+	}
+	overflow := func() {
+		ch.Close()
+		if l.Overflow != nil {
+			l.Overflow()
+		}
+	}
 	u.pool.wg.Go(func() {
 		defer u.channels.Add(-1)
-		queue(in, out, maxQueued, func() { ch.Close() })
+		queue(in, out, mine, overflow)
 	})
 	return out
 }

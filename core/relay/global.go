@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -77,8 +78,7 @@ func (r *Relay) request(q *ssh.Request) {
 		}
 	}
 	if !r.globals.add(q) {
-		r.log.Warn().Msg("client cut: too many global requests wait")
-		r.client.Close()
+		r.cut("too many global requests wait")
 	}
 }
 
@@ -187,6 +187,9 @@ func forwardAddr(q *ssh.Request) (pool.Addr, error) {
 	if q.Type == "streamlocal-forward@openssh.com" || q.Type == "cancel-streamlocal-forward@openssh.com" {
 		var m struct{ Path string }
 		err := ssh.Unmarshal(q.Payload, &m)
+		if err == nil && m.Path == "" {
+			err = errors.New("no path")
+		}
 		return pool.Addr{Path: m.Path}, err
 	}
 	var m struct {
@@ -218,8 +221,13 @@ func (r *Relay) startForward(q *ssh.Request) {
 		return
 	}
 	r.mu.Lock()
+	replaced := r.listeners[f.Addr()]
 	r.listeners[f.Addr()] = f
 	r.mu.Unlock()
+	if replaced != nil { // the server took the same path twice (StreamLocalBindUnlink)
+		replaced.Close()
+		replaced.permit.End(use.Result{Status: "closed"})
+	}
 	var data []byte
 	if a.Path == "" && a.Port == 0 {
 		data = ssh.Marshal(struct{ Port uint32 }{f.Addr().Port})
@@ -271,7 +279,7 @@ func (r *Relay) endForwards() {
 // forwarded carries one connection to a remote forward to its client (RFC 4254 section 7.2). It returns when the
 // client has answered; the connection itself is served on.
 func (r *Relay) forwarded(u use.Use, nc ssh.NewChannel) {
-	client, clientReqs, err := r.client.OpenChannel(nc.ChannelType(), nc.ExtraData())
+	client, clientReqs, err := r.openAtClient(nc.ChannelType(), nc.ExtraData())
 	if err != nil {
 		reason, text := refusal(err)
 		_ = nc.Reject(reason, text)
@@ -285,6 +293,30 @@ func (r *Relay) forwarded(u use.Use, nc ssh.NewChannel) {
 		}
 		return
 	}
-	k := r.newLink(u, nil, client, r.queue(clientReqs), server, r.lease.Adopt(server, serverReqs))
-	r.lease.Go(k.run)
+	serverReqs = r.lease.Adopt(server, serverReqs)
+	k := r.newLink(u, nil, client, r.queue(clientReqs), server, serverReqs)
+	if !r.spawn(k.run) {
+		r.abandon(server, serverReqs)
+	}
+}
+
+// openAtClient opens a channel at the client, unless that ends first. x/crypto forgets an open that it sends in the
+// moment when the connection ends, so nobody waits for the goroutine.
+func (r *Relay) openAtClient(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	type result struct {
+		ch   ssh.Channel
+		reqs <-chan *ssh.Request
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		ch, reqs, err := r.client.OpenChannel(kind, extra)
+		done <- result{ch, reqs, err} // a channel of a client that has ended needs no closing
+	}()
+	select {
+	case o := <-done:
+		return o.ch, o.reqs, o.err
+	case <-r.ctx.Done():
+		return nil, nil, errors.New("the client is gone")
+	}
 }

@@ -14,7 +14,7 @@ import (
 
 // eofGrace is how long an EOF is doubted. x/crypto reports one on every channel when the connection ends. The
 // upstream says beforehand that its transport failed, but for a DISCONNECT or a protocol error only right after.
-const eofGrace = 2 * time.Millisecond
+const eofGrace = 10 * time.Millisecond
 
 // buffers hold one channel packet's data each (RFC 4254 section 5.2: OpenSSH and x/crypto take 32 KiB).
 var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
@@ -31,7 +31,7 @@ type link struct {
 
 	in, out atomic.Int64
 
-	turn chan struct{} // of turnWriter; nil: not a session
+	turn turn // nil: not a session
 
 	clientClosed chan struct{} // the client has closed its side, or is gone
 	serverClosed chan struct{} // the upstream has closed its side, or is gone, and its requests have been passed on
@@ -42,7 +42,7 @@ type link struct {
 }
 
 // newLink makes a link and lists it; run takes it out again. turn is nil for a channel without stderr.
-func (r *Relay) newLink(u use.Use, turn chan struct{}, client ssh.Channel, clientReqs <-chan *ssh.Request,
+func (r *Relay) newLink(u use.Use, turn turn, client ssh.Channel, clientReqs <-chan *ssh.Request,
 	server ssh.Channel, serverReqs <-chan *ssh.Request) *link {
 	k := &link{
 		relay: r, use: u, client: client, clientReqs: clientReqs, server: server, serverReqs: serverReqs,
@@ -58,7 +58,7 @@ func (r *Relay) newLink(u use.Use, turn chan struct{}, client ssh.Channel, clien
 func (k *link) isSession() bool { return k.turn != nil }
 
 // run relays data and requests until one side has closed, and closes the other. What the client sent last still goes
-// to the server, for flushTime; what the server sent last goes to the client as long as that reads. If the upstream has
+// to the server (x/crypto has told the client that it has); what the server sent last goes to the client as long as that reads. If the upstream has
 // ended, the client's channel stays open: the client is about to be cut.
 func (k *link) run() {
 	defer func() {
@@ -81,8 +81,11 @@ func (k *link) run() {
 
 	select {
 	case <-k.clientClosed:
-		k.flush(upDone)
+		k.await(upDone)
 		k.server.Close()
+		// The server has all that was sent when it closes too. The upstream may end with this client, and a connection
+		// that is closed with something unread takes back what the network has not taken yet.
+		k.await(k.serverClosed)
 	case <-k.serverClosed:
 		<-downDone
 		if k.serverLives() {
@@ -91,14 +94,31 @@ func (k *link) run() {
 	}
 }
 
-// flush waits until what the client sent before it closed has gone on.
-func (k *link) flush(upDone <-chan struct{}) {
-	t := time.NewTimer(flushTime)
-	defer t.Stop()
+// await waits for done, on behalf of a client that has closed its channel. Once the client is gone altogether, the
+// server is given up when it takes nothing for flushTime.
+func (k *link) await(done <-chan struct{}) {
 	select {
-	case <-upDone:
+	case <-done:
+		return
 	case <-k.serverClosed:
-	case <-t.C:
+		return
+	case <-k.relay.cutting:
+		return
+	case <-k.relay.ctx.Done():
+	}
+	t := time.NewTicker(flushTime)
+	defer t.Stop()
+	for before := int64(-1); before != k.in.Load(); {
+		before = k.in.Load()
+		select {
+		case <-done:
+			return
+		case <-k.serverClosed:
+			return
+		case <-k.relay.cutting:
+			return
+		case <-t.C:
+		}
 	}
 }
 
@@ -136,7 +156,7 @@ func (k *link) copyDown() {
 			return
 		}
 	}
-	_ = k.client.CloseWrite()
+	k.turn.closeWrite(k.client)
 }
 
 // serverLives tells the server's own EOF or CLOSE from the end of the connection.
@@ -187,9 +207,23 @@ func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) 
 	}
 }
 
-// turnWriter writes to a client's stderr when it is its turn: x/crypto allows one writer per stream.
+// turn is held by whoever writes to a client's stderr, or ends its streams: x/crypto allows one at a time. nil: there
+// is no stderr.
+type turn chan struct{}
+
+func newTurn() turn { return make(turn, 1) }
+
+func (t turn) closeWrite(client ssh.Channel) {
+	if t != nil {
+		t <- struct{}{}
+		defer func() { <-t }()
+	}
+	_ = client.CloseWrite() // a client that is gone needs no EOF
+}
+
+// turnWriter writes to a client's stderr when it is its turn.
 type turnWriter struct {
-	turn   chan struct{}
+	turn   turn
 	client ssh.Channel
 }
 
@@ -217,9 +251,6 @@ func (k *link) serverRequests() {
 	defer close(k.serverClosed)
 	for q := range k.serverReqs {
 		switch q.Type {
-		case "keepalive@openssh.com":
-			_ = q.Reply(false, nil) // any answer will do
-			continue
 		case "exit-status":
 			var m struct{ Status uint32 }
 			if err := ssh.Unmarshal(q.Payload, &m); err == nil {

@@ -35,7 +35,9 @@ type Client interface {
 const (
 	// maxQueued bounds the requests and channel opens of one client that wait; a client past it is cut.
 	maxQueued = 4096
-	// flushTime is how long what a client sent before it left may take to go on to the server.
+	// maxSessions bounds a client's sessions, started or not; a client past it is cut.
+	maxSessions = 1024
+	// flushTime is how long the server may take nothing of what a client sent before it left.
 	flushTime = 5 * time.Second
 	// lastWordTime is how long a client may take to read why it is cut.
 	lastWordTime = time.Second
@@ -53,9 +55,11 @@ type Relay struct {
 	attach *use.Permit
 	log    zerolog.Logger
 
-	ctx    context.Context // ends with the client
-	cancel context.CancelFunc
-	wg     sync.WaitGroup // everything that Run started and waits for
+	ctx     context.Context // ends with the client
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup // what Run waits for: dispatch adds, and spawn until the client has ended
+	cutting chan struct{}  // closed by Cut
+	cutOnce sync.Once
 
 	noMoreSessions atomic.Bool
 	opening        atomic.Int64 // channels of the client between its open and our answer
@@ -66,6 +70,7 @@ type Relay struct {
 	links     map[*link]struct{}
 	sessions  map[*session]struct{} // started or not
 	listeners map[pool.Addr]*forward
+	ended     bool // spawn starts nothing more
 }
 
 // New prepares a relay for a client that has been let in. attach is its permit; Run ends neither it nor the lease.
@@ -74,7 +79,9 @@ func New(c Client, l *pool.Lease, gate use.Gate, attach *use.Permit, log zerolog
 		client: c, lease: l, gate: gate, attach: attach, log: log,
 		links: map[*link]struct{}{}, sessions: map[*session]struct{}{}, listeners: map[pool.Addr]*forward{},
 	}
+	r.cutting = make(chan struct{})
 	r.globals.init()
+	l.Overflow = func() { r.cut("too many requests of the server wait") }
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }
@@ -86,8 +93,33 @@ func (r *Relay) Run() {
 	r.wg.Go(r.watchUpstream)
 	r.dispatch()
 	r.cancel()
+	r.mu.Lock()
+	r.ended = true
+	r.mu.Unlock()
 	r.wg.Wait()
 	r.endForwards()
+}
+
+// spawn runs f in a goroutine that Run waits for; false means that the client has ended.
+func (r *Relay) spawn(f func()) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.ended {
+		r.wg.Go(f)
+	}
+	return !r.ended
+}
+
+// cut ends a client that asks for more than is good for the others.
+func (r *Relay) cut(why string) {
+	r.log.Warn().Str("why", why).Msg("client cut")
+	r.client.Close()
+}
+
+func (r *Relay) tooManySessions() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.sessions) >= maxSessions
 }
 
 // dispatch takes what the client opens and asks, and never blocks. x/crypto hands channels and global requests over
@@ -150,34 +182,29 @@ func (r *Relay) dispatch() {
 }
 
 // open starts what serves a channel of the client. It does not pass it on before the client's earlier global requests
-// have been answered, or ExitOnForwardFailure would come too late. late: the client had said no-more-sessions.
+// have been answered, or ExitOnForwardFailure would come too late. late: the client is known to have said
+// no-more-sessions before. One that says it and opens a session in the same breath gets that session: the order of the
+// two can't be told.
 func (r *Relay) open(nc ssh.NewChannel, late bool) {
 	earlier := r.globals.barrier()
-	if nc.ChannelType() == "session" && late {
-		r.reject(nc, ssh.Prohibited, "no more sessions: the client said so itself")
-		return
-	}
 	if r.opening.Add(1) > maxQueued {
-		r.log.Warn().Msg("client cut: too many channel opens wait")
-		r.client.Close()
+		r.cut("too many channel opens wait")
 	}
-	r.wg.Go(func() {
-		switch nc.ChannelType() {
-		case "session":
-			r.session(nc, earlier)
-		case "tun@openssh.com":
-			// x/crypto joins packets, and a tun channel's packets are its frames.
+	r.wg.Go(func() { // a client that does not read must not block dispatch
+		switch {
+		case nc.ChannelType() == "session" && late:
+			_ = nc.Reject(ssh.Prohibited, "no more sessions: the client said so itself")
 			r.opening.Add(-1)
+		case nc.ChannelType() == "session":
+			r.session(nc, earlier)
+		case nc.ChannelType() == "tun@openssh.com":
+			// x/crypto joins packets, and a tun channel's packets are its frames.
 			_ = nc.Reject(ssh.Prohibited, "muxproxy can't carry tun devices; set MUXPROXY_BYPASS=1")
+			r.opening.Add(-1)
 		default:
 			r.direct(nc, earlier)
 		}
 	})
-}
-
-// reject answers without blocking dispatch on a client that does not read.
-func (r *Relay) reject(nc ssh.NewChannel, reason ssh.RejectionReason, text string) {
-	r.wg.Go(func() { _ = nc.Reject(reason, text) })
 }
 
 // direct serves direct-tcpip (RFC 4254 section 7.2), direct-streamlocal@openssh.com (PROTOCOL, 2.4) and, as the kind
@@ -262,10 +289,7 @@ func (r *Relay) abandon(server ssh.Channel, reqs <-chan *ssh.Request) {
 
 // queue keeps a client's channel requests from blocking its connection; a client past the bound is cut.
 func (r *Relay) queue(reqs <-chan *ssh.Request) <-chan *ssh.Request {
-	return pool.Queue(reqs, maxQueued, func() {
-		r.log.Warn().Msg("client cut: too many channel requests wait")
-		r.client.Close()
-	})
+	return pool.Queue(reqs, func() { r.cut("too many channel requests wait") })
 }
 
 // wait returns true when earlier is closed, false if the client ends first.
@@ -296,6 +320,7 @@ func (r *Relay) watchUpstream() {
 
 // Cut ends the client, after its sessions have been told why, if they read.
 func (r *Relay) Cut(reason error) {
+	r.cutOnce.Do(func() { close(r.cutting) })
 	line := reason.Error()
 	var told sync.WaitGroup
 	r.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -681,5 +682,183 @@ func TestNothingPassesAClosedGate(t *testing.T) {
 	}
 	if n := bytes.Count(log, []byte(`"deny"`)) + bytes.Count(log, []byte(`"denied"`)); n < 9 {
 		t.Errorf("%d denials in the audit log, want 9:\n%s", n, log)
+	}
+}
+
+// sshd's ClientAlive goes to the first open channel: a client that takes nothing of that must not leave it unanswered, or
+// sshd ends the connection of all.
+func TestServerKeepalivesDontWaitForTheClient(t *testing.T) {
+	w := newWorld(t)
+	alive := func(far opened) {
+		t.Helper()
+		if a := take(t, "answer to a keepalive", request(far.ch, "keepalive@openssh.com", nil)); a.err != nil {
+			t.Error(a.err)
+		}
+	}
+	waiting := w.connect(false) // nobody takes the channel's requests until it starts something
+	unstarted := take(t, "session", waiting.open("session", nil))
+	pty := request(unstarted.ch, "pty-req", nil)
+	far := w.accept("session")
+	take(t, "pty-req", far.reqs).Reply(true, nil)
+	take(t, "reply", pty)
+	for range 100 {
+		alive(far)
+	}
+}
+
+// What the client sent before its CLOSE goes on, however slowly the server takes it: the client was told that it has.
+func TestNothingIsLostBehindACLOSE(t *testing.T) {
+	for name, leave := range map[string]bool{"the client stays": false, "the client leaves": true} {
+		for _, kind := range []string{"direct-tcpip", "forwarded-tcpip"} {
+			t.Run(kind+", "+name, func(t *testing.T) {
+				w := newWorld(t)
+				c := w.connect(true)
+				var near, far opened
+				if kind == "direct-tcpip" {
+					opening := c.open(kind, ssh.Marshal(tcpipMsg{"localhost", 80, "127.0.0.1", 1}))
+					far = w.accept(kind)
+					near = take(t, "open", opening)
+				} else {
+					w.forward(c, "tcpip-forward", forwardMsg{"localhost", 80}, nil)
+					opening := async(func() opened {
+						ch, reqs, err := w.server.OpenChannel(kind, ssh.Marshal(tcpipMsg{"localhost", 80, "10.0.0.1", 5}))
+						return opened{ch, reqs, err}
+					})
+					var err error
+					near.ch, near.reqs, err = take(t, "at the client", c.channels).Accept()
+					if err != nil {
+						t.Fatal(err)
+					}
+					far = take(t, "open", opening)
+				}
+				go ssh.DiscardRequests(near.reqs)
+				go ssh.DiscardRequests(far.reqs)
+				const size = 3 << 20 // more than the windows of both legs hold
+				wrote := async(func() error {
+					_, err := near.ch.Write(make([]byte, size))
+					near.ch.CloseWrite()
+					near.ch.Close()
+					return err
+				})
+				buf := make([]byte, 1<<20) // so that the client's Write can end
+				if _, err := io.ReadFull(far.ch, buf); err != nil {
+					t.Fatal(err)
+				}
+				if err := take(t, "write", wrote); err != nil {
+					t.Fatal(err)
+				}
+				if leave { // as ssh's pipes end: a reset would throw away what is under way
+					c.tcp.(*net.TCPConn).CloseWrite()
+				}
+				if got := take(t, "the rest", readAll(far.ch)); len(got) != size-len(buf) {
+					t.Errorf("%d bytes of %d", len(got)+len(buf), size)
+				}
+			})
+		}
+	}
+}
+
+// EOF and CLOSE follow all of stderr, not only stdout.
+func TestStderrIsWaitedFor(t *testing.T) {
+	w := newWorld(t)
+	c := w.connect(true)
+	near, far := w.session(c, "x")
+	w.noMore(c)
+	go ssh.DiscardRequests(near.reqs)
+	big := strings.Repeat("e", 1<<20)
+	stdout := readAll(near.ch)
+	io.WriteString(far.ch.Stderr(), big) // more than the client's window takes at once is not there yet
+	far.ch.SendRequest("exit-status", false, ssh.Marshal(statusMsg{0}))
+	far.ch.Close()
+	if got := take(t, "stderr", readAll(near.ch.Stderr())); got != big {
+		t.Errorf("%d bytes", len(got))
+	}
+	take(t, "stdout", stdout)
+}
+
+// sshd gives one client's agent to every session of the connection, and its X11 channels don't say whose they are.
+func TestAgentAndX11AreNotRelayed(t *testing.T) {
+	for _, name := range []string{"auth-agent-req@openssh.com", "auth-agent-req", "agent-req", "x11-req"} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			c := w.connect(false)
+			near := take(t, "session", c.open("session", nil))
+			stderr := make([]byte, 256)
+			asked := request(near.ch, name, nil)
+			far := w.accept("session")
+			if a := take(t, "reply", asked); a.ok {
+				t.Error("granted")
+			}
+			n, err := near.ch.Stderr().Read(stderr)
+			if line := string(stderr[:n]); err != nil || !strings.Contains(line, "MUXPROXY_BYPASS") {
+				t.Errorf("the person reads %q, %v", line, err)
+			}
+			started := request(near.ch, "exec", execMsg{"true"})
+			q := take(t, "exec", far.reqs)
+			if q.Type != "exec" {
+				t.Errorf("the server got %s", q.Type)
+			}
+			q.Reply(true, nil)
+			take(t, "reply", started)
+			if a := take(t, "a later request", request(near.ch, name, nil)); a.ok {
+				t.Error("granted after the start")
+			}
+			nothing(t, "the request at the server", far.reqs)
+		})
+	}
+}
+
+func TestHostKeyProofsAreNotRelayed(t *testing.T) {
+	w := newWorld(t)
+	c := w.connect(true)
+	if ok, _, err := c.SendRequest("hostkeys-prove-00@openssh.com", true, nil); ok || err != nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+	nothing(t, "the request at the server", w.requests)
+}
+
+// An upstream channel that was taken for a session which never starts is closed with it.
+func TestASessionThatNeverStartsLeavesNoChannel(t *testing.T) {
+	w := newWorld(t)
+	c := w.connect(false)
+	near := take(t, "session", c.open("session", nil))
+	pty := request(near.ch, "pty-req", nil)
+	far := w.accept("session")
+	take(t, "pty-req", far.reqs).Reply(true, nil)
+	take(t, "reply", pty)
+	near.ch.Close()
+	if _, open := <-far.reqs; open {
+		t.Error("a request instead of CLOSE")
+	}
+}
+
+func TestAnEmptyPathIsNoTCPForward(t *testing.T) {
+	w := newWorld(t)
+	c := w.connect(true)
+	for _, name := range []string{"streamlocal-forward@openssh.com", "cancel-streamlocal-forward@openssh.com"} {
+		if ok, _, err := c.SendRequest(name, true, ssh.Marshal(struct{ Path string }{""})); ok || err != nil {
+			t.Errorf("%s: %v, %v", name, ok, err)
+		}
+	}
+	nothing(t, "a forward at the server", w.requests)
+}
+
+// With StreamLocalBindUnlink the server takes the same path again; the older owner's end is not the newer one's.
+func TestANewerForwardOutlivesTheOlder(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.connect(true), w.connect(true)
+	path := struct{ Path string }{"/tmp/s"}
+	w.forward(a, "streamlocal-forward@openssh.com", path, nil)
+	w.forward(b, "streamlocal-forward@openssh.com", path, nil)
+	a.Close()
+	within(t, "relay", a.ran)
+	nothing(t, "a cancel at the server", w.requests)
+	opening := async(func() error {
+		_, _, err := w.server.OpenChannel("forwarded-streamlocal@openssh.com", ssh.Marshal(struct{ Path, Reserved string }{"/tmp/s", ""}))
+		return err
+	})
+	take(t, "at the newer owner", b.channels).Reject(ssh.ConnectionFailed, "seen")
+	if err := take(t, "answer", opening); err == nil || !strings.Contains(err.Error(), "seen") {
+		t.Errorf("refused by %v", err)
 	}
 }

@@ -38,8 +38,11 @@ func (r *Relay) session(nc ssh.NewChannel, earlier <-chan struct{}) {
 	if err != nil {
 		return
 	}
+	if r.tooManySessions() {
+		r.cut("too many sessions")
+	}
 	s := &session{
-		relay: r, client: client, reqs: r.queue(reqs), earlier: earlier, since: time.Now(), turn: make(chan struct{}, 1),
+		relay: r, client: client, reqs: r.queue(reqs), earlier: earlier, since: time.Now(), turn: newTurn(),
 	}
 	r.mu.Lock()
 	r.sessions[s] = struct{}{}
@@ -63,7 +66,7 @@ type session struct {
 	reqs    <-chan *ssh.Request
 	earlier <-chan struct{}
 	since   time.Time
-	turn    chan struct{} // of turnWriter
+	turn    turn
 
 	held       []*ssh.Request
 	server     ssh.Channel // nil until taken
@@ -82,8 +85,7 @@ func (s *session) serve() {
 		}
 		if !start && s.server == nil && (r.client.OpenSSH() || !q.WantReply) {
 			if s.held = append(s.held, q); len(s.held) > maxQueued {
-				r.log.Warn().Msg("client cut: too much set-up for one session")
-				r.client.Close()
+				r.cut("too much set-up for one session")
 				return
 			}
 			continue
@@ -183,7 +185,7 @@ func (s *session) fail(q *ssh.Request, line string) {
 	}
 	s.held = nil
 	_ = q.Reply(true, nil)
-	_ = s.client.CloseWrite()
+	s.turn.closeWrite(s.client)
 	if s.server != nil {
 		s.relay.abandon(s.server, s.serverReqs)
 		s.server = nil

@@ -145,7 +145,7 @@ func newWorld(t *testing.T, checks ...use.Check) *world {
 		t.Fatal(err)
 	}
 	w.gate = use.NewGate(audit, checks...)
-	w.pool = pool.New(w, pool.CloseAtOnce{}, zerolog.Nop())
+	w.pool = pool.New(w, pool.CloseAtOnce{}, w.gate, zerolog.Nop())
 	if w.authority, err = local.NewAuthority(func(string) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -275,9 +275,7 @@ func nothing[T any](t *testing.T, what string, from <-chan T) {
 	t.Helper()
 	select {
 	case v, ok := <-from:
-		if ok {
-			t.Fatalf("%s: got %+v", what, v)
-		}
+		t.Fatalf("%s: got %+v (%v)", what, v, ok)
 	case <-time.After(quiet):
 	}
 }

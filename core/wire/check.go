@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/muxproxy/muxproxy/core/sshconfig"
 )
 
 // Bounds of what a hello and a resolution may hold. OpenSSH's own are looser: a command line may be as long as the
@@ -15,6 +17,7 @@ import (
 const (
 	maxName   = 1024  // user, host, alias
 	maxArgs   = 1024  // SSHArgs
+	maxHops   = 16    // jump hosts of a resolution
 	maxString = 65536 // one of them
 	maxPath   = 4096
 )
@@ -141,14 +144,32 @@ func (r *Resolution) check() error {
 	if len(r.Error) > maxText {
 		return fmt.Errorf("error of %d bytes", len(r.Error))
 	}
-	for keyword, values := range r.Config.Options {
+	if len(r.Hops) > maxHops {
+		return fmt.Errorf("%d jump hosts, at most %d", len(r.Hops), maxHops)
+	}
+	for _, h := range r.Hops {
+		if err := h.Target.check(); err != nil {
+			return fmt.Errorf("jump host: %w", err)
+		}
+		if err := checkText("agent's path", h.AgentPath, maxPath, ""); err != nil {
+			return err
+		}
+		if err := checkConfig(&h.Config); err != nil {
+			return err
+		}
+	}
+	return checkConfig(&r.Config)
+}
+
+func checkConfig(c *sshconfig.Resolved) error {
+	for keyword, values := range c.Options {
 		for _, v := range append([]string{keyword}, values...) {
 			if err := checkText("ssh_config", v, maxString, "\t"); err != nil {
 				return err
 			}
 		}
 	}
-	for _, f := range r.Config.Files {
+	for _, f := range c.Files {
 		if err := checkText("name of a file", f.Path, maxPath, ""); err != nil {
 			return err
 		}

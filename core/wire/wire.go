@@ -58,6 +58,14 @@ type Resolution struct {
 	AgentPath string             `json:"agent_path,omitempty"` // what IdentityAgent or SSH_AUTH_SOCK names
 	Agent     bool               `json:"agent,omitempty"`      // its connected socket is attached
 	Error     string             `json:"error,omitempty"`      // ssh -G failed: its last line
+	Hops      []Hop              `json:"hops,omitempty"`       // jump hosts, in the order in which they are passed
+}
+
+// Hop is a jump host on the way to the target.
+type Hop struct {
+	Target    Target             `json:"target"`
+	Config    sshconfig.Resolved `json:"config"`
+	AgentPath string             `json:"agent_path,omitempty"`
 }
 
 // Note is what the master sends while the bridge waits (Mode Pipes only).
