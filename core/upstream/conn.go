@@ -210,8 +210,9 @@ type conn struct {
 	incoming <-chan *ssh.Request // as they come
 	requests chan *ssh.Request   // those that are not for us
 	info     pool.ServerInfo
-	accepted bool     // the host key is not in the user's files, but was accepted
-	update   *updater // nil: the server's other host keys don't matter
+	accepted bool          // the host key is not in the user's files, but was accepted
+	update   *updater      // nil: the server's other host keys don't matter
+	updated  chan struct{} // closed when update has done what it can
 
 	ping  chan struct{} // asks for a keepalive; one slot, since one outstanding request is enough
 	ended chan struct{} // the connection is over
@@ -229,7 +230,7 @@ var (
 func newConn(sc ssh.Conn, channels <-chan ssh.NewChannel, requests <-chan *ssh.Request, t *transport, info pool.ServerInfo) *conn {
 	return &conn{
 		Conn: sc, t: t, channels: channels, incoming: requests, requests: make(chan *ssh.Request, 16), info: info,
-		ping: make(chan struct{}, 1), ended: make(chan struct{}), done: make(chan struct{}),
+		ping: make(chan struct{}, 1), ended: make(chan struct{}), done: make(chan struct{}), updated: make(chan struct{}),
 	}
 }
 
@@ -239,14 +240,13 @@ func (c *conn) start(interval time.Duration, count int) {
 	helpers.Go(func() { c.keepAlive(interval, count) })
 	updates := make(chan []byte, 1)
 	helpers.Go(func() { c.sort(updates) })
-	if c.update != nil {
-		helpers.Go(func() {
-			// The server says it once, after the login.
-			if payload, ok := <-updates; ok {
-				c.update.run(c, payload)
-			}
-		})
-	}
+	helpers.Go(func() {
+		defer close(c.updated)
+		// The server says it once, after the login.
+		if payload, ok := <-updates; ok && c.update != nil {
+			c.update.run(c, payload)
+		}
+	})
 	go func() {
 		c.err = c.Conn.Wait()
 		c.t.end(endText(c.err))

@@ -32,7 +32,13 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if mode := os.Getenv("MUXPROXY_TEST_PROXY"); mode != "" {
+		proxyHelper(mode)
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // key is a key pair in every form that a test wants.
 type key struct {
