@@ -25,6 +25,14 @@ type Spec struct {
 	Transport func(ctx context.Context) (net.Conn, error)
 	// Via are the jump hosts, in the order in which they are passed. The pool makes Transport of them.
 	Via []Spec
+	// Env holds NAME=VALUE of the caller's environment for a ProxyCommand, on top of the process's own. Its SHELL runs it.
+	Env []string
+
+	// What the caller's person may see of the dial, escaped; one call at a time, none after Dial has returned. Each may
+	// be nil, and must not block for long.
+	Banner func(text string) // a banner of the server (RFC 4252 section 5.4), its line breaks kept
+	Say    func(line string) // what ssh says without -v, too: a host key was learnt
+	Debug  func(line string) // a step, as `ssh -v` shows it
 }
 
 // Agent is the caller's authentication agent.
@@ -65,6 +73,14 @@ type Conn interface {
 	LastHeard() time.Time
 }
 
+// HostKeyKeeper is what a Conn may know besides.
+type HostKeyKeeper interface {
+	// HostKeyStillGood reports whether a client with spec, which shares the connection's sharing key, could have made the
+	// connection by what the user's files say now about the host's key. It is cheap while they have not changed. The
+	// error is a line for a person.
+	HostKeyStillGood(spec Spec) error
+}
+
 // Dialer is a driver: it makes upstream connections. Errors are a line for a person, without the program's prefix:
 // what failed, for which host, and what to do.
 type Dialer interface {
@@ -76,14 +92,14 @@ var ErrNobody = errors.New("nobody is there to answer")
 
 // Question is put to a person in the user's own ssh.
 type Question struct {
-	Title   string // whose question it is
-	Text    string
+	Title   string // whose question it is: "muxproxy", or "server HOST" where the server chose the words
+	Text    string // lines to read first, escaped but for the line breaks between them; may be empty
 	Prompts []Prompt
 }
 
 // Prompt is one line to answer.
 type Prompt struct {
-	Text string
+	Text string // one line, escaped
 	Echo bool
 }
 

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -159,6 +161,25 @@ func (t *transport) established() {
 	t.mu.Unlock()
 }
 
+// identification is the line that the peer has identified itself with.
+func (t *transport) identification() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for line := range bytes.Lines(t.early) {
+		if bytes.HasPrefix(line, []byte("SSH-")) {
+			return string(bytes.TrimRight(line, "\r\n"))
+		}
+	}
+	return ""
+}
+
+// reap waits for what Close has told to end.
+func (t *transport) reap() {
+	if p, ok := t.Conn.(*proxyConn); ok {
+		p.wait()
+	}
+}
+
 // identified reports whether the peer has sent an identification string.
 func (t *transport) identified() bool {
 	t.mu.Lock()
@@ -186,34 +207,127 @@ type conn struct {
 	ssh.Conn
 	t        *transport
 	channels <-chan ssh.NewChannel
-	requests <-chan *ssh.Request
+	incoming <-chan *ssh.Request // as they come
+	requests chan *ssh.Request   // those that are not for us
 	info     pool.ServerInfo
+	accepted bool          // the host key is not in the user's files, but was accepted
+	update   *updater      // nil: the server's other host keys don't matter
+	updated  chan struct{} // closed when update has done what it can
 
 	ping  chan struct{} // asks for a keepalive; one slot, since one outstanding request is enough
 	ended chan struct{} // the connection is over
 	done  chan struct{} // and its goroutines are
 	err   error         // of x/crypto/ssh; set before done closes
+
+	good keptGood
 }
 
-var _ pool.Conn = (*conn)(nil)
+var (
+	_ pool.Conn          = (*conn)(nil)
+	_ pool.HostKeyKeeper = (*conn)(nil)
+)
 
-func newConn(sc ssh.Conn, channels <-chan ssh.NewChannel, requests <-chan *ssh.Request, t *transport,
-	info pool.ServerInfo, interval time.Duration, count int) *conn {
-	c := &conn{
-		Conn: sc, t: t, channels: channels, requests: requests, info: info,
-		ping: make(chan struct{}, 1), ended: make(chan struct{}), done: make(chan struct{}),
+func newConn(sc ssh.Conn, channels <-chan ssh.NewChannel, requests <-chan *ssh.Request, t *transport, info pool.ServerInfo) *conn {
+	return &conn{
+		Conn: sc, t: t, channels: channels, incoming: requests, requests: make(chan *ssh.Request, 16), info: info,
+		ping: make(chan struct{}, 1), ended: make(chan struct{}), done: make(chan struct{}), updated: make(chan struct{}),
 	}
+}
+
+func (c *conn) start(interval time.Duration, count int) {
 	var helpers sync.WaitGroup
 	helpers.Go(c.pinger)
 	helpers.Go(func() { c.keepAlive(interval, count) })
+	updates := make(chan []byte, 1)
+	helpers.Go(func() { c.sort(updates) })
+	helpers.Go(func() {
+		defer close(c.updated)
+		// The server says it once, after the login.
+		if payload, ok := <-updates; ok && c.update != nil {
+			c.update.run(c, payload)
+		}
+	})
 	go func() {
-		c.err = sc.Wait()
+		c.err = c.Conn.Wait()
 		c.t.end(endText(c.err))
 		close(c.ended)
+		c.t.reap()
 		helpers.Wait()
 		close(c.done)
 	}()
-	return c
+}
+
+// sort passes the peer's global requests on, but for the list of its host keys.
+func (c *conn) sort(updates chan<- []byte) {
+	defer close(c.requests)
+	defer close(updates)
+	seen := false
+	for r := range c.incoming {
+		if r.Type != "hostkeys-00@openssh.com" {
+			c.requests <- r
+			continue
+		}
+		if !seen {
+			seen = true
+			updates <- r.Payload
+		}
+		if r.WantReply {
+			r.Reply(true, nil)
+		}
+	}
+}
+
+// keptGood remembers the files that HostKeyStillGood has read.
+type keptGood struct {
+	mu    sync.Mutex // guards the rest
+	rules string     // of the client that asked
+	files []fileStamp
+}
+
+// HostKeyStillGood implements pool.HostKeyKeeper. The error is an *Error.
+func (c *conn) HostKeyStillGood(spec pool.Spec) error {
+	d := newDialing(spec)
+	var files []string
+	for _, k := range []string{"userknownhostsfile", "globalknownhostsfile"} {
+		files = append(files, d.hostFiles(k)...)
+	}
+	if f := d.option("revokedhostkeys"); f != "" {
+		files = append(files, f)
+	}
+	rules := fmt.Sprintf("%q %q %q", d.spec.Target.Addr(), d.option("nohostauthenticationforlocalhost"), d.spec.Config.Key())
+	now := stampFiles(files) // before they are read
+	c.good.mu.Lock()
+	same := c.good.rules == rules && slices.Equal(c.good.files, now)
+	c.good.mu.Unlock()
+	if same {
+		return nil
+	}
+	if err := stillGood(spec, c.info, c.accepted); err != nil {
+		return err
+	}
+	c.good.mu.Lock()
+	c.good.rules, c.good.files = rules, now
+	c.good.mu.Unlock()
+	return nil
+}
+
+// fileStamp tells whether a file is still what it was.
+type fileStamp struct {
+	path  string
+	mtime int64
+	size  int64
+	inode uint64
+}
+
+func stampFiles(paths []string) []fileStamp {
+	out := make([]fileStamp, len(paths))
+	for i, path := range paths {
+		out[i].path = path
+		if info, err := os.Stat(path); err == nil {
+			out[i].mtime, out[i].size, out[i].inode = info.ModTime().UnixNano(), info.Size(), inode(info)
+		}
+	}
+	return out
 }
 
 // endText explains an end that x/crypto/ssh found in the protocol.

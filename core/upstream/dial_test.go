@@ -57,7 +57,7 @@ func TestDialKeyTypes(t *testing.T) {
 			if err := c.Probe(t.Context()); err == nil {
 				t.Error("a closed connection shows life")
 			}
-			if err := CheckHostKey(sp, info); err != nil {
+			if err := c.(pool.HostKeyKeeper).HostKeyStillGood(sp); err != nil {
 				t.Error(err)
 			}
 		})
@@ -93,15 +93,16 @@ func TestHostKeysOverTheWire(t *testing.T) {
 	})
 	unknown := fmt.Sprintf("127.0.0.1:%d: host key is unknown (%s); check it, then add it with: MUXPROXY_BYPASS=1 ssh box", s.port,
 		fingerprint(host.pub))
-	for _, strict := range []string{"ask", "true", "yes"} {
-		if got := dialError(t, spec(t, s.port, id, known(t, ""), "stricthostkeychecking "+strict)); got != unknown {
+	strictly := strings.Replace(unknown, "; check", ", and StrictHostKeyChecking is yes; check", 1)
+	for strict, want := range map[string]string{"ask": unknown, "true": strictly, "yes": strictly} {
+		if got := dialError(t, spec(t, s.port, id, known(t, ""), "stricthostkeychecking "+strict)); got != want {
 			t.Errorf("%s: got %q", strict, got)
 		}
 	}
 	for _, strict := range []string{"false", "off", "accept-new"} {
 		c := dial(t, spec(t, s.port, id, known(t, ""), "stricthostkeychecking "+strict))
 		// A strict client does not ride along.
-		if err := CheckHostKey(spec(t, s.port, known(t, "")), c.Server()); err == nil || err.Error() != unknown {
+		if err := c.(pool.HostKeyKeeper).HostKeyStillGood(spec(t, s.port, known(t, ""))); err == nil || err.Error() != unknown {
 			t.Errorf("%s: got %v", strict, err)
 		}
 	}
@@ -229,7 +230,7 @@ func TestLogin(t *testing.T) {
 
 		{name: "nothing", fails: []string{"permission denied (publickey); tried: no key"}, never: "MUXPROXY"},
 		{name: "locked", options: []string{"identityfile " + locked, "identityfile " + lockedPEM},
-			fails: []string{"key " + dir + "/locked needs a passphrase", "key " + dir + "/pem needs a passphrase", "MUXPROXY_BYPASS=1 ssh box"}},
+			fails: []string{"needs a passphrase for " + dir + "/locked, and nobody can be asked", "needs a passphrase for " + dir + "/pem", "MUXPROXY_BYPASS=1 ssh box"}},
 		{name: "open to others", options: []string{"identityfile " + open}, fails: []string{"key " + dir + "/open is ignored: others can read it"}},
 		{name: "not a key", options: []string{"identityfile " + notKey, "identityfile " + dir}, fails: []string{dir + "/not can't be used", "not a regular file"}},
 		{name: "not a certificate", options: []string{"identityfile " + badFile, "certificatefile " + pubOnly}, fails: []string{"not a user certificate"}},
@@ -382,12 +383,13 @@ func TestDialRefusals(t *testing.T) {
 		{name: "umac only", port: silent, options: []string{"macs umac-64@openssh.com,umac-128@openssh.com"}, want: `: MACs in ssh_config names nothing that can be shared \(umac`},
 		{name: "sntrup only", port: silent, options: []string{"kexalgorithms sntrup761x25519-sha512"}, want: `: KexAlgorithms in ssh_config names nothing`},
 		{name: "ProxyJump", port: silent, options: []string{"proxyjump a,b"}, want: `: ProxyJump a,b can't be shared; connect without sharing: MUXPROXY_BYPASS=1 ssh box$`},
-		{name: "ProxyCommand", port: silent, options: []string{"proxycommand nc %h %p"}, want: `: ProxyCommand nc %h %p can't be shared; .*MUXPROXY_BYPASS`},
+		{name: "ProxyCommand", options: []string{"proxycommand sh -c 'echo no %n >&2; exit 3'"}, port: silent,
+			want: `: ProxyCommand ended before the server identified itself \(exit status 3\); it said "no box"$`},
 		{name: "a person", port: passwords.port, options: []string{"stricthostkeychecking no"},
-			want: `permission denied \(password,keyboard-interactive\); tried: no key; keyboard-interactive or password needs a person, .*MUXPROXY_BYPASS=1 ssh box$`},
+			want: `permission denied \(password,keyboard-interactive\); tried: no key; needs a password, and nobody can be asked for it here; .*MUXPROXY_BYPASS=1 ssh box$`},
 		{name: "a person, one method", port: passwords.port, options: []string{"stricthostkeychecking no", "passwordauthentication no"},
-			want: `; keyboard-interactive needs a person`},
-		{name: "BatchMode", port: passwords.port, options: []string{"stricthostkeychecking no", "batchmode yes"}, want: `\(password,keyboard-interactive\); tried: no key$`},
+			want: `\(password,keyboard-interactive\); tried: no key`},
+		{name: "BatchMode", port: passwords.port, options: []string{"stricthostkeychecking no", "batchmode yes"}, want: `tried: no key; needs a password, and BatchMode=yes forbids asking$`},
 		{name: "BindAddress", port: silent, options: []string{"bindaddress ::1", "addressfamily inet"}, want: `: BindAddress ::1 has no address of the wanted family$`},
 		{name: "BindInterface", port: silent, options: []string{"bindinterface nope0"}, want: `: BindInterface nope0: `},
 		{name: "family", port: silent, options: []string{"addressfamily inet6"}, want: `^127\.0\.0\.1:\d+: `},

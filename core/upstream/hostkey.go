@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"bytes"
+	"context"
 	"crypto/rsa"
 	"errors"
 	"fmt"
@@ -25,7 +26,9 @@ type hostKeys struct {
 	known   []knownKey
 	withOut []knownKey // about the host without its port: ssh takes those for a host it does not know with its port
 	revoked []ssh.PublicKey
-	chosen  bool // HostKeyAlgorithms is the user's own
+	chosen  bool     // HostKeyAlgorithms is the user's own
+	user    []string // the user's files; the first takes new keys
+	global  []string
 }
 
 type strictness int
@@ -55,25 +58,20 @@ func (d *dialing) hostKeys() (*hostKeys, error) {
 		h.name = strings.ToLower(alias)
 		bare = h.name
 	}
-	for _, keyword := range []string{"userknownhostsfile", "globalknownhostsfile"} {
-		for _, file := range d.spec.Config.All(keyword) {
-			// What the master's own file vouches for is the master.
-			if file == "" || strings.EqualFold(file, "none") || strings.HasSuffix(filepath.ToSlash(file), "/muxproxy/known_hosts") {
+	h.user, h.global = d.hostFiles("userknownhostsfile"), d.hostFiles("globalknownhostsfile")
+	for _, file := range slices.Concat(h.user, h.global) {
+		for _, q := range []struct {
+			name string
+			to   *[]knownKey
+		}{{h.name, &h.known}, {bare, &h.withOut}} {
+			if q.name == h.name && q.to == &h.withOut {
 				continue
 			}
-			for _, q := range []struct {
-				name string
-				to   *[]knownKey
-			}{{h.name, &h.known}, {bare, &h.withOut}} {
-				if q.name == h.name && q.to == &h.withOut {
-					continue
-				}
-				keys, err := readKnownHosts(file, q.name)
-				if err != nil {
-					d.log.Warn().Str("file", file).Err(err).Msg("known_hosts file can't be read")
-				}
-				*q.to = append(*q.to, keys...)
+			keys, err := readKnownHosts(file, q.name)
+			if err != nil {
+				d.log.Warn().Str("file", file).Err(err).Msg("known_hosts file can't be read")
 			}
+			*q.to = append(*q.to, keys...)
 		}
 	}
 	if file := d.option("revokedhostkeys"); file != "" {
@@ -83,6 +81,14 @@ func (d *dialing) hostKeys() (*hostKeys, error) {
 		}
 	}
 	return h, nil
+}
+
+// hostFiles are the known_hosts files that a keyword names. The master's own is not among them: what that vouches for is
+// the master.
+func (d *dialing) hostFiles(keyword string) []string {
+	return slices.DeleteFunc(slices.Clone(d.spec.Config.All(keyword)), func(file string) bool {
+		return file == "" || strings.EqualFold(file, "none") || strings.HasSuffix(filepath.ToSlash(file), "/muxproxy/known_hosts")
+	})
 }
 
 // readRevoked reads RevokedHostKeys where it is a list of public keys. Of a file that says what must not be trusted nothing
@@ -155,8 +161,24 @@ func (h *hostKeys) algorithms(base []string) ([]string, error) {
 	return slices.Concat(first, rest), nil
 }
 
-// check decides about the key that the server has proved to hold. An error is a line for a person without the host.
-func (h *hostKeys) check(key ssh.PublicKey, remote string) error {
+// judgement is what the files say about a key.
+type judgement struct {
+	err    error     // it must not be used: a line for a person without the host
+	known  *knownKey // the line that vouches for it
+	cert   bool      // known is an authority's
+	port   bool      // known is about the host without its port
+	exempt bool      // nothing vouches for it, and nothing has to
+	others bool      // it is unknown, but keys of other types are known
+}
+
+func (j judgement) unknown() bool { return j.err == nil && j.known == nil && !j.exempt }
+
+func refused(format string, args ...any) judgement {
+	return judgement{err: fmt.Errorf(format, args...)}
+}
+
+// judge looks up the key that the server has proved to hold. remote is its address and port.
+func (h *hostKeys) judge(key ssh.PublicKey, remote string) judgement {
 	d := h.d
 	cert, isCert := key.(*ssh.Certificate)
 	plain := key
@@ -164,7 +186,7 @@ func (h *hostKeys) check(key ssh.PublicKey, remote string) error {
 		plain = cert.Key
 	}
 	if err := d.checkSize(plain); err != nil {
-		return fmt.Errorf("host key: %w", err)
+		return refused("host key: %w", err)
 	}
 
 	// Revoked keys first: nothing else counts for them.
@@ -175,22 +197,24 @@ func (h *hostKeys) check(key ssh.PublicKey, remote string) error {
 	for _, k := range shown {
 		for _, bad := range slices.Concat(h.known, h.withOut) {
 			if bad.marker == revoked && sameKey(bad.key, k) {
-				return fmt.Errorf("host key %s is marked as revoked in %s:%d; do not connect, and ask who runs the host",
+				return refused("host key %s is marked as revoked in %s:%d; do not connect, and ask who runs the host",
 					fingerprint(k), use.Printable(bad.file), bad.line)
 			}
 		}
 		for _, bad := range h.revoked {
 			if sameKey(bad, k) {
-				return fmt.Errorf("host key %s is revoked by RevokedHostKeys %s; do not connect, and ask who runs the host",
+				return refused("host key %s is revoked by RevokedHostKeys %s; do not connect, and ask who runs the host",
 					fingerprint(k), use.Printable(d.option("revokedhostkeys")))
 			}
 		}
 	}
 
-	if isCert && slices.ContainsFunc(slices.Concat(h.known, h.withOut), func(k knownKey) bool {
-		return k.marker == authority && sameKey(k.key, cert.SignatureKey)
-	}) {
-		return h.checkCert(cert)
+	if isCert {
+		for _, k := range slices.Concat(h.known, h.withOut) {
+			if k.marker == authority && sameKey(k.key, cert.SignatureKey) {
+				return judgement{err: h.checkCert(cert), known: &k, cert: true}
+			}
+		}
 	}
 
 	var changed *knownKey
@@ -199,7 +223,7 @@ func (h *hostKeys) check(key ssh.PublicKey, remote string) error {
 		switch {
 		case k.marker != noMarker:
 		case sameKey(k.key, plain):
-			return nil
+			return judgement{known: &h.known[i]}
 		case k.key.Type() != plain.Type():
 			others = true
 		case changed == nil:
@@ -207,30 +231,168 @@ func (h *hostKeys) check(key ssh.PublicKey, remote string) error {
 		}
 	}
 	if d.on("nohostauthenticationforlocalhost", false) && d.option("hostkeyalias") == "" && isLoopback(remote) {
-		return nil
+		return judgement{exempt: true}
 	}
+	// StrictHostKeyChecking=no makes no difference here. ssh would go on with passwords and forwards switched off, for one
+	// session; a shared connection would hand it to all.
 	if changed != nil {
-		return fmt.Errorf("HOST KEY HAS CHANGED: the server shows %s, but %s:%d has %s; somebody may be in the way. "+
+		return refused("HOST KEY HAS CHANGED: the server shows %s, but %s:%d has %s; somebody may be in the way. "+
 			"If the change is right, remove the old key: ssh-keygen -R '%s' -f '%s'", fingerprint(plain),
 			use.Printable(changed.file), changed.line, fingerprint(changed.key), use.Printable(h.name), use.Printable(changed.file))
 	}
-	for _, k := range h.withOut {
+	for i, k := range h.withOut {
 		if k.marker == noMarker && sameKey(k.key, plain) {
-			return nil
+			return judgement{known: &h.withOut[i], port: true}
 		}
 	}
+	return judgement{others: others}
+}
+
+// refuseUnknown is the line for a key that is unknown; why says why the person was not asked.
+func (h *hostKeys) refuseUnknown(plain ssh.PublicKey, others bool, why string) error {
 	switch {
-	case h.strict == strictNo, h.strict == strictNew:
-		d.log.Info().Str("key", fingerprint(plain)).Msg("unknown host key accepted, as StrictHostKeyChecking says")
-		return nil
-	case d.option("knownhostscommand") != "":
+	case h.d.option("knownhostscommand") != "":
 		return fmt.Errorf("host key is unknown (%s), and KnownHostsCommand can't be asked; connect without sharing: %s",
-			fingerprint(plain), d.bypass)
+			fingerprint(plain), h.d.bypass)
 	case others:
-		return fmt.Errorf("host key is unknown (%s), though keys of other types are known; check it, then add it with: %s",
-			fingerprint(plain), d.bypass)
+		return fmt.Errorf("host key is unknown (%s), though keys of other types are known%s; check it, then add it with: %s",
+			fingerprint(plain), why, h.d.bypass)
 	}
-	return fmt.Errorf("host key is unknown (%s); check it, then add it with: %s", fingerprint(plain), d.bypass)
+	return fmt.Errorf("host key is unknown (%s)%s; check it, then add it with: %s", fingerprint(plain), why, h.d.bypass)
+}
+
+// trust is how a host key came to be accepted.
+type trust struct {
+	stored bool // the files vouch for it
+	update bool // and the user's own: UpdateHostKeys may follow
+}
+
+// accept decides about the server's key, asking the person if need be. An error is a line for a person without the host.
+func (h *hostKeys) accept(ctx context.Context, key ssh.PublicKey, remote string) (trust, error) {
+	d := h.d
+	plain := plainKey(key)
+	d.debugf("Server host key: %s %s", key.Type(), ssh.FingerprintSHA256(plain))
+	if v := strings.ToLower(d.option("verifyhostkeydns")); v == "yes" || v == "true" || v == "ask" {
+		d.debugf("VerifyHostKeyDNS is not supported; known_hosts decides")
+	}
+	j := h.judge(key, remote)
+	switch {
+	case j.err != nil:
+		return trust{}, j.err
+	case j.known != nil:
+		what, found := "host key", "key"
+		if j.cert {
+			what, found = "host certificate", "CA key"
+		}
+		d.debugf("Host '%s' is known and matches the %s %s.", h.name, keyName(key), what)
+		d.debugf("Found %s in %s:%d", found, j.known.file, j.known.line)
+		return trust{stored: true, update: !j.cert && !j.port && slices.Contains(h.user, j.known.file)}, nil
+	case j.exempt:
+		d.debugf("Forcing accepting of host key for loopback/localhost.")
+		return trust{}, nil
+	}
+	asked := false
+	switch {
+	case h.strict == strictYes:
+		return trust{}, h.refuseUnknown(plain, j.others, ", and StrictHostKeyChecking is yes")
+	case h.strict == strictAsk && d.option("knownhostscommand") != "":
+		return trust{}, h.refuseUnknown(plain, j.others, "") // what that would have said is not ours to guess
+	case h.strict == strictAsk:
+		yes, err := h.ask(ctx, plain, remote, j.others)
+		switch {
+		case errors.Is(err, pool.ErrNobody):
+			return trust{}, h.refuseUnknown(plain, j.others, "")
+		case err != nil:
+			return trust{}, h.refuseUnknown(plain, j.others, ", and "+unasked(err))
+		}
+		if !yes {
+			return trust{}, fmt.Errorf("host key %s was not accepted", fingerprint(plain))
+		}
+		asked = true
+	}
+	stored := h.learn(plain)
+	return trust{stored: stored, update: asked && stored}, nil
+}
+
+// ask puts ssh's question about an unknown key (check_host_key of sshconnect.c), again until the answer is one.
+func (h *hostKeys) ask(ctx context.Context, plain ssh.PublicKey, remote string, others bool) (bool, error) {
+	var b strings.Builder
+	fmt.Fprintf(&b, "The authenticity of host '%s", use.Printable(h.name))
+	if remote != "" {
+		fmt.Fprintf(&b, " (%s)", use.Printable(remote))
+	}
+	b.WriteString("' can't be established")
+	if others {
+		b.WriteString("\nbut keys of different type are already known for this host.")
+	} else {
+		b.WriteString(".")
+	}
+	sum := ssh.FingerprintSHA256(plain)
+	fmt.Fprintf(&b, "\n%s key fingerprint is %s.\n%s", keyName(plain), sum, h.otherNames(plain))
+	text, prompt := b.String(), "Are you sure you want to continue connecting (yes/no/[fingerprint])? "
+	for {
+		answer, err := h.d.askLine(ctx, text, prompt, true)
+		if err != nil {
+			return false, err
+		}
+		switch answer = strings.TrimSpace(answer); {
+		case answer == "", strings.EqualFold(answer, "no"):
+			return false, nil
+		case strings.EqualFold(answer, "yes"), answer == sum:
+			return true, nil
+		}
+		text, prompt = "", "Please type 'yes', 'no' or the fingerprint: "
+	}
+}
+
+// maxOtherNames is how many other names of a key are shown, as in ssh.
+const maxOtherNames = 8
+
+// otherNames says under which other names a key is known.
+func (h *hostKeys) otherNames(plain ssh.PublicKey) string {
+	var names []string
+	for _, file := range slices.Concat(h.user, h.global) {
+		text, err := readHostFile(file)
+		if err != nil {
+			continue
+		}
+		for _, k := range parseHostFile(file, text, func(string) bool { return true }) {
+			if k.marker != noMarker || !sameKey(k.key, plain) {
+				continue
+			}
+			shown := k.hosts
+			if strings.HasPrefix(shown, "|") {
+				shown = "[hashed name]"
+			}
+			names = append(names, fmt.Sprintf("    %s:%d: %s", shortPath(file), k.line, use.Printable(shown)))
+		}
+	}
+	if len(names) == 0 {
+		return "This key is not known by any other names."
+	}
+	more := ""
+	if n := len(names) - maxOtherNames; n > 0 {
+		names, more = names[:maxOtherNames], fmt.Sprintf("\n    (%d additional names omitted)", n)
+	}
+	return "This host key is known by the following other names/addresses:\n" + strings.Join(names, "\n") + more
+}
+
+// learn adds a key to the first of the user's files, and reports whether it is there. As in ssh, failing to is no reason not
+// to connect.
+func (h *hostKeys) learn(plain ssh.PublicKey) bool {
+	d := h.d
+	if len(h.user) == 0 {
+		d.debugf("no UserKnownHostsFile to add the host to")
+		return false
+	}
+	file := h.user[0]
+	if err := appendHost(file, h.name, plain, d.on("hashknownhosts", false)); err != nil {
+		d.sayf("Failed to add the host to the list of known hosts (%s): %s", shortPath(file), systemText(err))
+		return false
+	}
+	d.sayf("Permanently added '%s' (%s) to the list of known hosts.", h.name, keyName(plain))
+	info, err := os.Stat(file)
+	return err == nil && info.Mode().IsRegular() // not of /dev/null
 }
 
 // checkCert checks a host certificate of an authority that is known for the host. Its principals are names without a port.
@@ -278,17 +440,20 @@ func isLoopback(addr string) bool {
 	return err == nil && net.ParseIP(host).IsLoopback()
 }
 
-// CheckHostKey asks the user's files as they are now whether a connection that turned out to be info may be trusted by
-// the rules of spec. So a client whose rules are stricter, or that comes after the files have changed, does not ride a
-// connection that it could not have made. The error is an *Error.
-func CheckHostKey(spec pool.Spec, info pool.ServerInfo) error {
+// stillGood asks the user's files as they are now whether a connection that turned out to be info may be used by the rules of
+// spec. accepted says that the key is not in the files because it could not be put there. The error is an *Error.
+func stillGood(spec pool.Spec, info pool.ServerInfo, accepted bool) error {
 	d := newDialing(spec)
 	h, err := d.hostKeys()
 	if err != nil {
 		return err
 	}
-	if err := h.check(info.HostKey, info.Addr); err != nil {
-		return d.errorf("%s", err.Error())
+	j := h.judge(info.HostKey, info.Addr)
+	switch {
+	case j.err != nil:
+		return d.errorf("%s", j.err.Error())
+	case !j.unknown(), h.strict == strictNo, h.strict == strictNew, h.strict == strictAsk && accepted:
+		return nil
 	}
-	return nil
+	return d.errorf("%s", h.refuseUnknown(plainKey(info.HostKey), j.others, "").Error())
 }

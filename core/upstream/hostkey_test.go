@@ -101,7 +101,7 @@ func TestKnownHosts(t *testing.T) {
 				keyword := []string{"userknownhostsfile", "globalknownhostsfile"}[j]
 				sp.Config.Options[keyword] = []string{write(t, dir, fmt.Sprintf("%d-%d", i, j), text)}
 			}
-			err := CheckHostKey(sp, pool.ServerInfo{HostKey: tc.key, Addr: "127.0.0.1:22"})
+			err := stillGood(sp, pool.ServerInfo{HostKey: tc.key, Addr: "127.0.0.1:22"}, false)
 			switch {
 			case tc.want == "" && err != nil:
 				t.Error(err)
@@ -125,7 +125,7 @@ func TestKnownHostsFiles(t *testing.T) {
 		"the null device":       "/dev/null",
 		"none":                  "none",
 	} {
-		if err := CheckHostKey(spec(t, 22, "userknownhostsfile "+file), info); err == nil || !strings.Contains(err.Error(), "unknown") {
+		if err := stillGood(spec(t, 22, "userknownhostsfile "+file), info, false); err == nil || !strings.Contains(err.Error(), "unknown") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -152,7 +152,7 @@ func TestRevokedHostKeys(t *testing.T) {
 		{"broken", broken, good.pub, broken + ":2 is not a public key"},
 		{"absent", dir + "/absent", good.pub, "no such file"},
 	} {
-		err := CheckHostKey(spec(t, 22, known, "revokedhostkeys "+tc.file), pool.ServerInfo{HostKey: tc.key, Addr: "127.0.0.1:22"})
+		err := stillGood(spec(t, 22, known, "revokedhostkeys "+tc.file), pool.ServerInfo{HostKey: tc.key, Addr: "127.0.0.1:22"}, false)
 		if (err == nil) != (tc.want == "") || err != nil && !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%s: %v", tc.name, err)
 		}

@@ -20,3 +20,11 @@ func checkKeyMode(path string) error {
 	}
 	return nil
 }
+
+// inode tells a file from one that took its name.
+func inode(info os.FileInfo) uint64 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return uint64(st.Ino)
+	}
+	return 0
+}

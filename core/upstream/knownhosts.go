@@ -20,6 +20,7 @@ type knownKey struct {
 	file   string
 	line   int // from 1
 	marker marker
+	hosts  string // the field with the names
 	key    ssh.PublicKey
 }
 
@@ -34,6 +35,11 @@ const (
 // readKnownHosts returns the lines of a file that are about name, as lookupName makes it. A file that is absent is empty, and a
 // device is (/dev/null).
 func readKnownHosts(file, name string) ([]knownKey, error) {
+	text, err := readHostFile(file)
+	return parseKnownHosts(file, text, name), err
+}
+
+func readHostFile(file string) ([]byte, error) {
 	info, err := os.Stat(file)
 	if err != nil {
 		if os.IsNotExist(err) {
@@ -47,45 +53,66 @@ func readKnownHosts(file, name string) ([]knownKey, error) {
 	if info.Size() > maxKnownHosts {
 		return nil, fmt.Errorf("%s is larger than %d MiB", file, maxKnownHosts>>20)
 	}
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	return parseKnownHosts(file, text, name), nil
+	return os.ReadFile(file)
 }
 
-// parseKnownHosts skips lines that can't be understood, one by one: a broken line, or a key of a type from the future, must
-// not hide the others.
+// parseKnownHosts returns the lines that are about name.
 func parseKnownHosts(file string, text []byte, name string) []knownKey {
+	return parseHostFile(file, text, func(hosts string) bool { return matchHosts(hosts, name) })
+}
+
+// parseHostFile skips lines that can't be understood, one by one: a broken line, or a key of a type from the future, must
+// not hide the others. Of lines that are not wanted only the names are looked at.
+func parseHostFile(file string, text []byte, wanted func(hosts string) bool) []knownKey {
 	var keys []knownKey
 	n := 0
 	for line := range bytes.Lines(text) {
 		n++
-		fields := bytes.Fields(line)
-		if len(fields) == 0 || fields[0][0] == '#' {
+		if hosts, _, ok := splitHostLine(line); !ok || !wanted(hosts) {
 			continue
 		}
-		k := knownKey{file: file, line: n}
-		if fields[0][0] == '@' {
-			k.marker = marker(fields[0])
-			if k.marker != authority && k.marker != revoked {
-				continue
-			}
-			fields = fields[1:]
+		if k, ok := parseHostLine(line); ok {
+			k.file, k.line = file, n
+			keys = append(keys, k)
 		}
-		if len(fields) < 3 || !matchHosts(string(fields[0]), name) {
-			continue
-		}
-		blob, err := base64.StdEncoding.DecodeString(string(fields[2]))
-		if err != nil {
-			continue
-		}
-		if k.key, err = ssh.ParsePublicKey(blob); err != nil || k.key.Type() != string(fields[1]) {
-			continue
-		}
-		keys = append(keys, k)
 	}
 	return keys
+}
+
+// splitHostLine finds the names in a line; fields are what follows the marker.
+func splitHostLine(line []byte) (hosts string, fields [][]byte, ok bool) {
+	fields = bytes.Fields(line)
+	if len(fields) == 0 || fields[0][0] == '#' {
+		return "", nil, false
+	}
+	if fields[0][0] == '@' {
+		if m := marker(fields[0]); m != authority && m != revoked {
+			return "", nil, false
+		}
+		fields = fields[1:]
+	}
+	if len(fields) < 3 {
+		return "", nil, false
+	}
+	return string(fields[0]), fields, true
+}
+
+func parseHostLine(line []byte) (knownKey, bool) {
+	var k knownKey
+	var fields [][]byte
+	var ok bool
+	if k.hosts, fields, ok = splitHostLine(line); !ok {
+		return k, false
+	}
+	if first := bytes.Fields(line)[0]; first[0] == '@' {
+		k.marker = marker(first)
+	}
+	blob, err := base64.StdEncoding.DecodeString(string(fields[2]))
+	if err != nil {
+		return k, false
+	}
+	k.key, err = ssh.ParsePublicKey(blob)
+	return k, err == nil && k.key.Type() == string(fields[1])
 }
 
 // lookupName is how known_hosts files name a host: [HOST]:PORT for a port other than 22.

@@ -5,24 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
 
+	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
-)
-
-const (
-	// agentTimeout bounds an agent's answer to what it needs no person for.
-	agentTimeout = 10 * time.Second
-	maxKeyFile   = 1 << 20
 )
 
 // login chooses what to authenticate with (RFC 4252), and remembers what came of it. All of it runs in the goroutine of the
@@ -32,24 +23,46 @@ type login struct {
 	ctx context.Context
 
 	started    bool
+	shown      bool // the algorithms were told
 	identities []*identity
 	agentConn  net.Conn
-	stopWatch  func() bool // on ctx, for the agent
-	keys       []string    // labels of those that were offered
-	notes      []string    // what else there would have been
-	signed     *identity   // that signed last
-	denied     *Error
+	agent      agent.ExtendedAgent // on agentConn
+	stopWatch  func() bool         // on ctx, for the agent
+
+	method    string // that is under way, or has succeeded
+	steps     int    // partial successes
+	signed    *identity
+	agentUsed bool // for a step that succeeded
+
+	passwords    int  // asked for
+	passwordOpen bool // the last one was sent, and nothing but FAILURE is expected
+	passwordDone bool
+	challenges   int  // keyboard-interactive attempts
+	challenged   bool // the server has asked something
+	challengeOff bool
+
+	keys   []string // labels of those that were offered
+	notes  []string // what else there would have been
+	better bool     // ssh itself could do better
+	denied *Error
 }
 
 // identity is a key to log in with. As an ssh.Signer it notes that it was offered and that it signed.
 type identity struct {
 	login   *login
 	label   string // for a person, escaped
+	path    string // of the private key, "" if there is none in a file
 	pub     ssh.PublicKey
-	signer  ssh.AlgorithmSigner // nil: only the public half is here
+	signer  ssh.AlgorithmSigner // nil: the private half is not here, or not yet
+	base    *identity           // of a certificate: its key
+	locked  bool                // a passphrase is needed
+	spent   bool                // and was not to be had
+	raw     any                 // the private key in path
 	algos   []string
 	agent   bool
 	offered bool
+	used    bool   // it made a step of the login
+	added   bool   // AddKeysToAgent has been thought of
 	lacks   string // why there is no signer, if that is worth telling
 }
 
@@ -59,7 +72,10 @@ var _ ssh.MultiAlgorithmSigner = (*identity)(nil)
 func (i *identity) PublicKey() ssh.PublicKey {
 	if !i.offered {
 		i.offered = true
-		i.login.keys = append(i.login.keys, i.label)
+		i.login.debugf("Offering public key: %s %s%s", i.label, fingerprint(i.pub), map[bool]string{true: " agent"}[i.agent])
+		if !slices.Contains(i.login.keys, i.label) {
+			i.login.keys = append(i.login.keys, i.label)
+		}
 	}
 	return i.pub
 }
@@ -70,21 +86,63 @@ func (i *identity) Sign(rand io.Reader, data []byte) (*ssh.Signature, error) {
 	return i.SignWithAlgorithm(rand, data, plainAlgorithm(i.pub.Type()))
 }
 
+// SignWithAlgorithm is called when the server has said that it would take the key. A passphrase is asked for only now.
 func (i *identity) SignWithAlgorithm(rand io.Reader, data []byte, algorithm string) (*ssh.Signature, error) {
+	l := i.login
 	// An agent may ask a person, or wait for a touch.
-	i.login.guard.pause()
-	defer i.login.guard.limit(loginTimeout, "no answer in %s while logging in")
-	sig, err := i.signer.SignWithAlgorithm(rand, data, algorithm)
+	l.guard.pause()
+	defer l.limitLogin()
+	l.debugf("Server accepts key: %s %s", i.label, fingerprint(i.pub))
+	signer, err := i.private()
 	if err != nil {
-		i.login.note("%s could not sign: %s", i.label, use.Printable(err.Error()))
 		return nil, err
 	}
-	i.login.signed = i
+	sig, err := signer.SignWithAlgorithm(rand, data, algorithm)
+	if err != nil {
+		l.note("%s could not sign: %s", i.label, use.Printable(err.Error()))
+		return nil, err
+	}
+	l.signed = i
 	return sig, nil
 }
 
+// private is the signer, unlocked if need be.
+func (i *identity) private() (ssh.AlgorithmSigner, error) {
+	if i.signer != nil {
+		if !i.agent {
+			i.addToAgent()
+		}
+		return i.signer, nil
+	}
+	switch {
+	case i.base != nil:
+		key, err := i.base.private()
+		if err != nil {
+			return nil, err
+		}
+		i.signer = certSigner(i.pub.(*ssh.Certificate), key)
+	case i.locked:
+		if err := i.unlock(); err != nil {
+			return nil, err
+		}
+		i.addToAgent()
+	}
+	if i.signer == nil {
+		return nil, errors.New("no private key")
+	}
+	return i.signer, nil
+}
+
 func (l *login) note(format string, args ...any) {
-	l.notes = append(l.notes, fmt.Sprintf(format, args...))
+	if n := fmt.Sprintf(format, args...); !slices.Contains(l.notes, n) {
+		l.notes = append(l.notes, n)
+	}
+}
+
+// noteBypass notes what ssh could do without us.
+func (l *login) noteBypass(format string, args ...any) {
+	l.note(format, args...)
+	l.better = true
 }
 
 // end lets go of the agent and the keys.
@@ -95,34 +153,211 @@ func (l *login) end() {
 	if l.agentConn != nil {
 		l.agentConn.Close()
 	}
+	for _, i := range l.identities {
+		i.wipe()
+	}
 	l.identities, l.signed = nil, nil // x/crypto/ssh holds on to its configuration, and so to us
+}
+
+// negotiated tells the algorithms, once.
+func (l *login) negotiated(a ssh.NegotiatedAlgorithms) {
+	if l.shown {
+		return
+	}
+	l.shown = true
+	l.debugf("kex: algorithm: %s", a.KeyExchange)
+	l.debugf("kex: host key algorithm: %s", a.HostKey)
+	for _, d := range []struct {
+		name string
+		ssh.DirectionAlgorithms
+	}{{"server->client", a.Read}, {"client->server", a.Write}} {
+		mac := d.MAC
+		if mac == "" {
+			mac = "<implicit>"
+		}
+		l.debugf("kex: %s cipher: %s MAC: %s compression: none", d.name, d.Cipher, mac)
+	}
 }
 
 // next is the ssh.ClientAuthCallback: the first method of PreferredAuthentications that the server takes and that has
 // something left to try.
 func (l *login) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
-	if !l.started {
+	l.guard.pause()
+	defer l.limitLogin()
+	l.negotiated(c.Algorithms)
+	l.debugf("Authentications that can continue: %s", strings.Join(c.AllowedMethods, ","))
+	switch {
+	case !l.started:
 		l.started = true
-		l.guard.pause()
 		l.prepare()
-		l.guard.limit(loginTimeout, "no answer in %s while logging in")
+	case len(c.PartialSuccessMethods) > l.steps:
+		l.debugf("Authenticated using %q with partial success.", l.method)
+		l.steps = len(c.PartialSuccessMethods)
+		l.succeeded()
+		// What the server refused as the first step it may take as the next (pubkey_reset of sshconnect2.c).
+		for _, i := range l.identities {
+			i.offered = i.used || i.spent
+		}
+	case l.method == "password" && l.passwordOpen && !l.guard.t.down.Load():
+		// Neither SUCCESS nor FAILURE: x/crypto/ssh takes no SSH_MSG_USERAUTH_PASSWD_CHANGEREQ (RFC 4252 section 8).
+		l.passwordDone = true
+		l.noteBypass("the server wants the password to be changed, which can't be done here")
 	}
+	l.passwordOpen = false
 	for _, method := range l.methods() {
-		if method != "publickey" || !slices.Contains(c.AllowedMethods, method) {
+		if !slices.Contains(c.AllowedMethods, method) {
 			continue
 		}
-		var left []ssh.Signer
-		for _, i := range l.identities {
-			if !i.offered {
-				left = append(left, i)
+		if auth := l.attempt(method); auth != nil {
+			if l.method != method {
+				l.debugf("Next authentication method: %s", method)
 			}
-		}
-		if len(left) > 0 {
-			return ssh.PublicKeys(left...), nil
+			l.method = method
+			return auth, nil
 		}
 	}
-	l.denied = l.refusal(c.AllowedMethods, len(c.PartialSuccessMethods) > 0)
+	l.debugf("No more authentication methods to try.")
+	l.denied = l.refusal(c.AllowedMethods, l.steps > 0)
 	return nil, l.denied
+}
+
+// succeeded records what the step that is over was made with.
+func (l *login) succeeded() {
+	if l.method == "publickey" && l.signed != nil {
+		l.signed.used = true
+		l.agentUsed = l.agentUsed || l.signed.agent
+	}
+}
+
+// attempt is the next try of a method, nil if there is none left.
+func (l *login) attempt(method string) ssh.AuthMethod {
+	switch method {
+	case "publickey":
+		if left := l.left(); len(left) > 0 {
+			return ssh.PublicKeys(left...)
+		}
+	case "keyboard-interactive":
+		// ssh stops after the first try of a server that asks nothing.
+		if l.challengeOff || l.challenges >= l.prompts() || l.challenges > 0 && !l.challenged {
+			return nil
+		}
+		l.challenges++
+		return ssh.KeyboardInteractive(l.challenge)
+	case "password":
+		if l.passwordDone || l.passwords >= l.prompts() {
+			return nil
+		}
+		// Retried in one go: so an end that is none of ours is not a FAILURE.
+		return ssh.RetryableAuthMethod(ssh.PasswordCallback(l.password), 0)
+	}
+	return nil
+}
+
+func (l *login) prompts() int { return l.number("numberofpasswordprompts", 3) }
+
+// left are the keys to offer next: those whose public half is known, up to one that has to be unlocked first to be offered.
+func (l *login) left() []ssh.Signer {
+	var left []ssh.Signer
+	for _, i := range l.identities {
+		if i.offered {
+			continue
+		}
+		if i.pub == nil {
+			if len(left) > 0 {
+				break
+			}
+			l.debugf("Trying private key: %s", i.label)
+			if _, err := i.private(); err != nil || !l.usable(i) {
+				i.offered = true
+				continue
+			}
+		}
+		left = append(left, i)
+	}
+	return left
+}
+
+var errSpent = errors.New("no more tries")
+
+// password answers one try of RFC 4252 section 8. The words of the question are ssh's own, not the server's.
+func (l *login) password() (string, error) {
+	l.passwordOpen = false
+	l.guard.pause()
+	defer l.limitLogin()
+	if l.passwords >= l.prompts() {
+		return "", errSpent
+	}
+	text := ""
+	if l.passwords > 0 {
+		text = "Permission denied, please try again."
+	}
+	l.passwords++
+	answer, err := l.askLine(l.ctx, text, fmt.Sprintf("%s@%s's password: ", use.Printable(l.spec.Target.User),
+		use.Printable(strings.Trim(l.spec.Target.Host, "[]"))), false)
+	if err != nil {
+		l.passwordDone = true
+		l.needs("a password", err)
+		return "", err
+	}
+	l.passwordOpen = true
+	return answer, nil
+}
+
+// challenge answers one SSH_MSG_USERAUTH_INFO_REQUEST (RFC 4256 section 3.2): its words are the server's.
+func (l *login) challenge(name, instruction string, questions []string, echos []bool) ([]string, error) {
+	l.challenged = true
+	l.guard.pause()
+	defer l.limitLogin()
+	title := "server " + use.Printable(strings.Trim(l.spec.Target.Host, "[]"))
+	var text []string
+	for _, t := range []string{name, instruction} {
+		if t = lines(t); t != "" {
+			text = append(text, t)
+		}
+	}
+	if len(questions) == 0 { // nothing to answer: something to read
+		for _, t := range text {
+			for line := range strings.SplitSeq(t, "\n") {
+				l.sayf("%s: %s", title, line)
+			}
+		}
+		return nil, nil
+	}
+	if len(questions) > maxPrompts {
+		l.challengeOff = true
+		l.noteBypass("the server asks %d questions at once", len(questions))
+		return nil, errSpent
+	}
+	q := pool.Question{Title: title}
+	for n, question := range questions {
+		// The line that is answered has to show whose question it is, so what goes before it is text.
+		shown := lines(question)
+		if cut := strings.LastIndexByte(shown, '\n'); cut >= 0 {
+			text = append(text, shown[:cut])
+			shown = shown[cut+1:]
+		}
+		q.Prompts = append(q.Prompts, pool.Prompt{Text: shown, Echo: echos[n]})
+	}
+	q.Text = strings.Join(text, "\n")
+	answers, err := l.ask(l.ctx, q)
+	if err != nil {
+		l.challengeOff = true
+		l.needs("an answer to the server's question", err)
+		return nil, err
+	}
+	return answers, nil
+}
+
+// maxPrompts is how many prompts one question may have.
+const maxPrompts = 16
+
+// needs notes what a person would have been asked for.
+func (l *login) needs(what string, err error) {
+	if errors.Is(err, errBatch) { // as ssh itself would
+		l.note("needs %s, and %s", what, unasked(err))
+		return
+	}
+	l.noteBypass("needs %s, and %s", what, unasked(err))
 }
 
 // methods are those that the user allows, in the user's order.
@@ -131,15 +366,14 @@ func (l *login) methods() []string {
 	if list == "" {
 		list = "gssapi-with-mic,hostbased,publickey,keyboard-interactive,password" // ssh_config(5)
 	}
-	interactive := !l.on("batchmode", false)
 	return slices.DeleteFunc(strings.Split(list, ","), func(method string) bool {
 		switch method {
 		case "publickey":
 			return !l.on("pubkeyauthentication", true)
 		case "password":
-			return !interactive || !l.on("passwordauthentication", true)
+			return !l.on("passwordauthentication", true)
 		case "keyboard-interactive":
-			return !interactive || !l.on("kbdinteractiveauthentication", true)
+			return !l.on("kbdinteractiveauthentication", true)
 		case "gssapi-with-mic":
 			return !l.on("gssapiauthentication", false)
 		case "hostbased":
@@ -157,109 +391,124 @@ func (l *login) refusal(allowed []string, partial bool) *Error {
 	if partial {
 		e.Msg = fmt.Sprintf("permission denied, though a first step succeeded (%s is left)", names)
 	}
-	var person, never []string
+	var never []string
 	for _, method := range l.methods() {
-		if !slices.Contains(allowed, method) {
-			continue
-		}
-		switch method {
-		case "keyboard-interactive", "password":
-			person = append(person, method)
-		case "gssapi-with-mic", "hostbased":
+		if slices.Contains(allowed, method) && (method == "gssapi-with-mic" || method == "hostbased") {
 			never = append(never, method)
 		}
 	}
 	if l.option("pkcs11provider") != "" {
 		never = append(never, "PKCS11Provider")
 	}
-	if len(person) > 0 {
-		l.note("%s needs a person, who can't be asked for it here", strings.Join(person, " or "))
-	}
 	if len(never) > 0 {
-		l.note("%s can't be shared", strings.Join(never, ", "))
+		l.noteBypass("%s can't be shared", strings.Join(never, ", "))
 	}
 	e.Msg += l.attempts()
-	if len(l.notes) > 0 {
-		e.Msg += "; connect without sharing: " + l.bypass
+	if l.better {
+		e.Msg += "; connect without sharing: " + l.dialing.bypass
 	}
 	return e
 }
 
 // attempts is the tail of an error line that says what was tried.
 func (l *login) attempts() string {
-	s := "; tried: "
-	if len(l.keys) == 0 {
-		s += "no key"
+	tried := slices.Clone(l.keys)
+	if len(tried) == 0 {
+		tried = append(tried, "no key")
 	}
-	s += strings.Join(l.keys, ", ")
-	for _, n := range l.notes {
-		s += "; " + n
+	if l.challenged && !l.challengeOff {
+		tried = append(tried, "keyboard-interactive")
 	}
-	return s
+	if l.passwords > 0 && !l.passwordDone {
+		tried = append(tried, "password")
+	}
+	return "; tried: " + strings.Join(append([]string{strings.Join(tried, ", ")}, l.notes...), "; ")
 }
 
-// result says how the login succeeded, and the agent's identity if one of its keys did it.
+// result says how the login succeeded, and the agent's identity if one of its keys had a part in it.
 func (l *login) result() (auth, agentID string) {
-	if l.signed == nil {
-		return "none", ""
-	}
-	if l.signed.agent {
+	l.succeeded()
+	if l.agentUsed {
 		agentID = l.spec.Agent.ID()
 	}
-	return "publickey " + fingerprint(l.signed.pub), agentID
+	switch {
+	case l.method == "":
+		l.method = "none"
+	case l.method == "publickey" && l.signed != nil:
+		return "publickey " + fingerprint(l.signed.pub), agentID
+	}
+	return l.method, agentID
 }
 
-// prepare collects the keys in ssh's order (pubkey_prepare of sshconnect2.c): keys of the agent that are named by
-// IdentityFile, other keys of the agent unless IdentitiesOnly, keys in files.
+// prepare collects the keys in ssh's order (pubkey_prepare of sshconnect2.c): certificates named by CertificateFile, keys of
+// the agent that are named by IdentityFile, other keys of the agent unless IdentitiesOnly, keys in files. A server that
+// counts keys (MaxAuthTries) so sees the same as from ssh.
 func (l *login) prepare() {
 	if !slices.Contains(l.methods(), "publickey") {
 		return
 	}
-	files := l.files()
+	certs, files := l.files()
 	held := l.agentKeys()
 	only := l.on("identitiesonly", false)
 
-	var named, others, rest []*identity
-	for _, a := range held {
-		listed := false
-		for _, f := range files {
-			if cert, ok := f.pub.(*ssh.Certificate); ok && sameKey(cert.Key, a.pub) && f.signer == nil {
-				// A certificate in a file, whose key the agent has.
-				if f.signer = certSigner(cert, a.signer); f.signer != nil {
-					f.agent = true
-					named = append(named, f)
-				}
-			}
-			listed = listed || sameKey(f.pub, a.pub)
+	// The private half of a certificate is a key in a file or in the agent.
+	for _, c := range slices.Concat(certs, files) {
+		cert, ok := c.pub.(*ssh.Certificate)
+		if !ok || c.signer != nil {
+			continue
 		}
+		for _, a := range held {
+			if sameKey(cert.Key, a.pub) {
+				c.signer, c.agent = certSigner(cert, a.signer), true
+			}
+		}
+		for _, f := range files {
+			if c.signer == nil && f.pub != nil && (f.signer != nil || f.locked) && sameKey(cert.Key, f.pub) {
+				c.base = f
+			}
+		}
+	}
+	var named, others []*identity
+	for _, a := range held {
+		at := slices.IndexFunc(files, func(f *identity) bool { return f.pub != nil && sameKey(f.pub, a.pub) })
 		switch {
-		case listed:
+		case at >= 0:
 			named = append(named, a)
+			files = slices.Delete(files, at, at+1)
+		case slices.ContainsFunc(certs, func(c *identity) bool { return sameKey(c.pub, a.pub) }):
 		case !only:
 			others = append(others, a)
 		}
 	}
-	for _, f := range files {
-		inAgent := slices.ContainsFunc(named, func(a *identity) bool { return sameKey(a.pub, f.pub) })
+	var seen []ssh.PublicKey
+	for _, i := range slices.Concat(certs, named, others, files) {
 		switch {
-		case inAgent:
-		case f.signer != nil:
-			rest = append(rest, f)
-		case f.lacks != "":
-			l.note("%s", f.lacks)
-		}
-	}
-	for _, i := range slices.Concat(named, others, rest) {
-		i.algos = l.signatureAlgorithms(i.pub)
-		switch err := l.checkSize(plainKey(i.pub)); {
-		case err != nil:
-			l.note("%s: %s", i.label, err)
-		case len(i.algos) == 0:
-			l.note("%s: PubkeyAcceptedAlgorithms does not allow %s", i.label, use.Printable(i.pub.Type()))
-		default:
+		case i.signer == nil && i.base == nil && !i.locked:
+			if i.lacks != "" {
+				l.noteBypass("%s", i.lacks)
+			}
+		case i.pub != nil && slices.ContainsFunc(seen, func(k ssh.PublicKey) bool { return sameKey(k, i.pub) }):
+		case i.pub == nil || l.usable(i):
 			l.identities = append(l.identities, i)
+			if i.pub != nil {
+				seen = append(seen, i.pub)
+			}
 		}
 	}
+}
+
+// usable reports whether the user's rules allow a key, and notes it if they don't.
+func (l *login) usable(i *identity) bool {
+	i.algos = l.signatureAlgorithms(i.pub)
+	if err := l.checkSize(plainKey(i.pub)); err != nil {
+		l.note("%s: %s", i.label, err)
+		return false
+	}
+	if len(i.algos) == 0 {
+		l.note("%s: PubkeyAcceptedAlgorithms does not allow %s", i.label, use.Printable(i.pub.Type()))
+		return false
+	}
+	return true
 }
 
 // certSigner makes a certificate's signer of its key's, or returns nil if the two are not a pair.
@@ -303,188 +552,4 @@ func (l *login) signatureAlgorithms(key ssh.PublicKey) []string {
 		}
 	}
 	return out
-}
-
-// agentKeys asks the agent. It is dialled for this login only, since an agent serves one connection at a time.
-func (l *login) agentKeys() []*identity {
-	if l.spec.Agent == nil || strings.EqualFold(l.spec.Config.Get("identityagent"), "none") {
-		return nil
-	}
-	c, err := l.spec.Agent.Dial()
-	if err != nil {
-		l.note("the agent can't be reached: %s", systemText(err))
-		return nil
-	}
-	l.agentConn = c
-	l.stopWatch = context.AfterFunc(l.ctx, func() { c.Close() })
-	// Not every stream knows deadlines; then ctx is the only bound.
-	_ = c.SetDeadline(time.Now().Add(agentTimeout))
-	signers, err := agent.NewClient(c).Signers()
-	if err != nil {
-		l.note("the agent does not answer: %s", use.Printable(err.Error()))
-		return nil
-	}
-	_ = c.SetDeadline(time.Time{})
-	var out []*identity
-	for _, s := range signers {
-		// The agent's own type of key knows neither certificates nor sizes.
-		pub, err := ssh.ParsePublicKey(s.PublicKey().Marshal())
-		signer, ok := s.(ssh.AlgorithmSigner)
-		if err != nil || !ok {
-			l.log.Debug().Str("type", use.Printable(s.PublicKey().Type())).Msg("agent's key skipped")
-			continue
-		}
-		out = append(out, &identity{login: l, label: "agent key " + ssh.FingerprintSHA256(pub), pub: pub, signer: signer, agent: true})
-	}
-	return out
-}
-
-// files loads IdentityFile and CertificateFile. A key comes after its certificates.
-func (l *login) files() []*identity {
-	var certs []*identity
-	for _, path := range l.spec.Config.All("certificatefile") {
-		if path == "" || strings.EqualFold(path, "none") {
-			continue
-		}
-		if c := l.certificate(path, true); c != nil {
-			certs = append(certs, c)
-		}
-	}
-	var out []*identity
-	for _, path := range l.spec.Config.All("identityfile") {
-		if path == "" || strings.EqualFold(path, "none") {
-			continue
-		}
-		key := l.keyFile(path)
-		if key == nil {
-			continue
-		}
-		mine := slices.Clone(certs)
-		if c := l.certificate(path+"-cert.pub", false); c != nil {
-			mine = append(mine, c)
-		}
-		for _, c := range mine {
-			cert := c.pub.(*ssh.Certificate)
-			if !sameKey(cert.Key, key.pub) || slices.ContainsFunc(out, func(o *identity) bool { return sameKey(o.pub, cert) }) {
-				continue
-			}
-			if key.signer != nil {
-				c.signer = certSigner(cert, key.signer)
-			}
-			out = append(out, c)
-		}
-		out = append(out, key)
-	}
-	for _, c := range certs { // whose key is in the agent alone
-		if !slices.ContainsFunc(out, func(o *identity) bool { return sameKey(o.pub, c.pub) }) {
-			out = append(out, c)
-		}
-	}
-	return out
-}
-
-func (l *login) certificate(path string, wanted bool) *identity {
-	pub, err := publicFile(path)
-	cert, ok := pub.(*ssh.Certificate)
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && !wanted:
-		return nil
-	case err != nil:
-		l.note("certificate %s: %s", shortPath(path), systemText(err))
-		return nil
-	case !ok || cert.CertType != ssh.UserCert:
-		l.note("%s is not a user certificate", shortPath(path))
-		return nil
-	}
-	return &identity{login: l, label: shortPath(path), pub: cert}
-}
-
-// keyFile loads an identity file: a private key, or a public one whose private half the agent has. nil if there is nothing to
-// use or to look for in the agent; what a person should know is noted.
-func (l *login) keyFile(path string) *identity {
-	id := &identity{login: l, label: shortPath(path)}
-	text, err := readKeyFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		l.log.Debug().Str("file", path).Msg("identity file does not exist")
-		return l.publicHalf(id, path)
-	}
-	if err != nil {
-		id.lacks = fmt.Sprintf("key %s can't be read: %s", id.label, systemText(err))
-		return l.publicHalf(id, path)
-	}
-	defer clear(text)
-	if pub, _, _, _, err := ssh.ParseAuthorizedKey(text); err == nil {
-		id.pub = pub
-		return id
-	}
-	if err := checkKeyMode(path); err != nil {
-		id.lacks = fmt.Sprintf("key %s is ignored: %s", id.label, systemText(err))
-		return l.publicHalf(id, path)
-	}
-	signer, err := ssh.ParsePrivateKey(text)
-	var missing *ssh.PassphraseMissingError
-	if errors.As(err, &missing) {
-		id.lacks = fmt.Sprintf("key %s needs a passphrase (ssh-add it)", id.label)
-		if id.pub = missing.PublicKey; id.pub != nil {
-			return id
-		}
-		return l.publicHalf(id, path)
-	}
-	if err != nil {
-		// Security keys, for one: x/crypto/ssh can't drive them outside an agent.
-		id.lacks = fmt.Sprintf("key %s can't be used: %s", id.label, use.Printable(strings.TrimPrefix(err.Error(), "ssh: ")))
-		return l.publicHalf(id, path)
-	}
-	id.signer, _ = signer.(ssh.AlgorithmSigner) // all of x/crypto/ssh's are
-	id.pub = signer.PublicKey()
-	return id
-}
-
-// publicHalf makes do with PATH.pub, to find the key in the agent. Without it, what the key lacks is all there is to say.
-func (l *login) publicHalf(id *identity, path string) *identity {
-	pub, err := publicFile(path + ".pub")
-	if err != nil {
-		if id.lacks != "" {
-			l.note("%s", id.lacks)
-		}
-		return nil
-	}
-	id.pub = pub
-	return id
-}
-
-func publicFile(path string) (ssh.PublicKey, error) {
-	text, err := readKeyFile(path)
-	if err != nil {
-		return nil, err
-	}
-	pub, _, _, _, err := ssh.ParseAuthorizedKey(text)
-	if err != nil {
-		return nil, errors.New("not a public key")
-	}
-	return pub, nil
-}
-
-func readKeyFile(path string) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, errors.New("not a regular file")
-	}
-	if info.Size() > maxKeyFile {
-		return nil, errors.New("too large for a key")
-	}
-	return os.ReadFile(path)
-}
-
-// shortPath shows a path as a person would write it.
-func shortPath(path string) string {
-	if home, err := os.UserHomeDir(); err == nil && home != "/" {
-		if rest, ok := strings.CutPrefix(path, home+string(filepath.Separator)); ok {
-			path = "~/" + filepath.ToSlash(rest)
-		}
-	}
-	return use.Printable(path)
 }

@@ -32,7 +32,13 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if mode := os.Getenv("MUXPROXY_TEST_PROXY"); mode != "" {
+		proxyHelper(mode)
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // key is a key pair in every form that a test wants.
 type key struct {
@@ -301,4 +307,46 @@ func (a *testAgent) Dial() (net.Conn, error) {
 	}()
 	a.t.Cleanup(func() { near.Close(); <-served })
 	return near, nil
+}
+
+// listen serves the agent on a socket, for programs.
+func (a *testAgent) listen(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "ag") // short enough for a socket
+	check(t, err)
+	path := filepath.Join(dir, "s")
+	l, err := net.Listen("unix", path)
+	check(t, err)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				agent.ServeAgent(a.keys, c)
+				c.Close()
+			})
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		wg.Wait()
+		os.RemoveAll(dir)
+	})
+	return path
+}
+
+// listenPair is a pair of connected sockets.
+func listenPair(t *testing.T) (near, far net.Conn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer l.Close()
+	near, err = net.Dial("tcp", l.Addr().String())
+	check(t, err)
+	far, err = l.Accept()
+	check(t, err)
+	return near, far
 }

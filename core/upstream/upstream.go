@@ -8,6 +8,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -33,6 +34,8 @@ const (
 	// 1 GiB (64 GiB with AES), as RFC 4253 section 9 and RFC 4344 section 3.2 want. x/crypto/ssh's own limit of 2^31
 	// packets for each direction remains.
 	rekeyThreshold = 1 << 62
+	// maxBanners is how many bytes of banners are shown.
+	maxBanners = 64 << 10
 )
 
 // Error is a line for a person about one host.
@@ -59,13 +62,20 @@ type dialing struct {
 	spec   pool.Spec
 	host   string // HOST:PORT, escaped
 	bypass string // the command that does without the master
+	asker  pool.Asker
 	guard  *guard
+
+	telling sync.Mutex // held while a callback of spec runs; guards told
+	told    bool       // Dial has returned
 }
 
-// Dial connects, checks the host key against known_hosts and logs in. ctx bounds all of it, and nothing after it. Every
-// error is an *Error. What only a person could answer is an error that says so.
-func (d *Dialer) Dial(ctx context.Context, spec pool.Spec, _ pool.Asker) (pool.Conn, error) {
+// Dial connects, checks the host key against known_hosts and logs in, asking ask (nil: nobody) what only a person can answer.
+// ctx bounds all of it, and nothing after it. Every error is an *Error; it says what would have been needed of a person who
+// could not be asked. The Conn is a pool.HostKeyKeeper, and carries no hostkeys-00@openssh.com: that is answered here.
+func (d *Dialer) Dial(ctx context.Context, spec pool.Spec, ask pool.Asker) (pool.Conn, error) {
 	dl := newDialing(spec)
+	dl.asker = ask
+	defer dl.silence()
 	dl.log = d.Log.With().Str("host", dl.host).Logger()
 	c, err := dl.dial(ctx)
 	if err != nil {
@@ -134,11 +144,6 @@ func (d *dialing) connectTimeout() time.Duration {
 }
 
 func (d *dialing) dial(ctx context.Context) (*conn, error) {
-	for _, k := range []struct{ keyword, name string }{{"proxyjump", "ProxyJump"}, {"proxycommand", "ProxyCommand"}} {
-		if v := d.option(k.keyword); v != "" {
-			return nil, d.errorf("%s %s can't be shared; connect without sharing: %s", k.name, use.Printable(v), d.bypass)
-		}
-	}
 	config, err := d.algorithms()
 	if err != nil {
 		return nil, err
@@ -150,21 +155,50 @@ func (d *dialing) dial(ctx context.Context) (*conn, error) {
 	if config.HostKeyAlgorithms, err = keys.algorithms(config.HostKeyAlgorithms); err != nil {
 		return nil, err
 	}
-	tcp, err := d.connect(ctx)
+	stream, err := d.transport(ctx)
 	if err != nil {
 		return nil, err
 	}
+	d.debugf("Connection established.")
 	if d.spec.Connected != nil {
 		d.spec.Connected()
 	}
-	t := newTransport(tcp, d.host)
+	t := newTransport(stream, d.host)
 	c, err := d.handshake(ctx, t, config, keys)
 	if err != nil {
 		t.Close()
+		t.reap()
 		return nil, err
 	}
 	return c, nil
 }
+
+// transport makes what SSH runs over: what the spec brings, the user's ProxyCommand, or TCP.
+func (d *dialing) transport(ctx context.Context) (net.Conn, error) {
+	switch {
+	case d.spec.Transport != nil:
+		c, err := d.spec.Transport(ctx)
+		if err == nil {
+			return c, nil
+		}
+		var line *Error
+		if errors.As(err, &line) { // it says already which host of the way failed
+			return nil, err
+		}
+		e := d.errorf("%s", use.Printable(err.Error()))
+		e.Err = err
+		return nil, e
+	case d.option("proxyjump") != "":
+		return nil, d.errorf("ProxyJump %s can't be shared; connect without sharing: %s", use.Printable(d.option("proxyjump")), d.bypass)
+	case d.option("proxycommand") != "":
+		return d.proxyCommand(ctx)
+	}
+	d.debugf("Connecting to %s port %d.", d.spec.Target.Host, d.spec.Target.Port)
+	return d.connect(ctx)
+}
+
+// limitLogin starts the clock for the peer's next step of the login.
+func (d *dialing) limitLogin() { d.guard.limit(loginTimeout, "no answer in %s while logging in") }
 
 // handshake makes t an SSH connection that is logged in. It closes t on failure.
 func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.ClientConfig, keys *hostKeys) (*conn, error) {
@@ -174,8 +208,15 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 	defer login.end()
 
 	var hostKey ssh.PublicKey
+	var trusted trust
 	var hostKeyErr error
-	remote := t.RemoteAddr().String()
+	remote := ""
+	if a := t.RemoteAddr(); a != nil {
+		remote = a.String()
+	}
+	if _, proxied := t.Conn.(*proxyConn); proxied {
+		remote = "" // there is no address
+	}
 	config.HostKeyCallback = func(_ string, _ net.Addr, key ssh.PublicKey) error {
 		if hostKey != nil { // a later key exchange: x/crypto has checked the signature
 			if !sameKey(hostKey, key) {
@@ -184,15 +225,21 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 			return nil
 		}
 		d.guard.pause()
-		if hostKeyErr = keys.check(key, remote); hostKeyErr != nil {
+		d.debugf("Remote identification: %s", t.identification())
+		if trusted, hostKeyErr = keys.accept(ctx, key, remote); hostKeyErr != nil {
 			return hostKeyErr
 		}
 		hostKey = key
-		d.guard.limit(loginTimeout, "no answer in %s while logging in")
+		d.limitLogin()
 		return nil
 	}
+	banners := 0
 	config.BannerCallback = func(text string) error {
+		if banners += len(text); banners > maxBanners {
+			return nil
+		}
 		d.log.Debug().Str("banner", use.Printable(text)).Msg("server's banner")
+		d.tell(d.spec.Banner, lines(text))
 		return nil
 	}
 	config.AuthCallback = login.next
@@ -224,16 +271,24 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 	info.Auth, info.AgentID = login.result()
 	if m, ok := sc.(ssh.AlgorithmsConnMetadata); ok {
 		a := m.Algorithms()
+		login.negotiated(a)
 		info.Kex, info.Cipher = a.KeyExchange, a.Write.Cipher
 		info.PostQuantum = postQuantum(a.KeyExchange)
 	}
+	d.debugf("Authenticated to %s (%s) using %q.", d.spec.Target.Host, remote, login.method)
 	interval := time.Duration(d.number("serveraliveinterval", 0)) * time.Second
 	if interval == 0 {
 		interval = defaultAliveInterval
 	}
 	d.log.Debug().Str("server", use.Printable(info.Version)).Str("kex", info.Kex).Str("cipher", info.Cipher).
 		Str("auth", info.Auth).Msg("connected")
-	return newConn(sc, channels, requests, t, info, interval, d.number("serveralivecountmax", defaultAliveCount)), nil
+	c := newConn(sc, channels, requests, t, info)
+	c.accepted = !trusted.stored
+	if trusted.update {
+		c.update = keys.updater(sc.SessionID())
+	}
+	c.start(interval, d.number("serveralivecountmax", defaultAliveCount))
+	return c, nil
 }
 
 // explain turns what x/crypto/ssh said into a line for a person.
@@ -262,6 +317,9 @@ func (d *dialing) explain(t *transport, login *login, hostKeyErr, err error) err
 		e = d.errorf("%s before the server identified itself", t.failure())
 		if said := t.preamble(); said != "" {
 			e.Msg += `; it said "` + use.Printable(said) + `"`
+		}
+		if p, ok := t.Conn.(*proxyConn); ok {
+			e.Msg = p.failure()
 		}
 	case t.failure() != nil && login.started:
 		e = d.errorf("%s while logging in", t.failure())
