@@ -195,7 +195,10 @@ func endError(ctx context.Context, err error) error {
 func Principals(names ...string) []string {
 	var out []string
 	for _, n := range names {
-		if n = strings.ToLower(strings.Trim(n, "[]")); n != "" && !slices.Contains(out, n) {
+		if bare, ok := strings.CutSuffix(strings.TrimPrefix(n, "["), "]"); ok && strings.HasPrefix(n, "[") {
+			n = bare // an address; a HostKeyAlias may be [host]:port
+		}
+		if n = strings.ToLower(n); n != "" && !slices.Contains(out, n) {
 			out = append(out, n)
 		}
 	}

@@ -59,7 +59,7 @@ func accept(a *Authority, c net.Conn, login func(context.Context) error, h *Hand
 	done := make(chan result, 1)
 	go func() {
 		conn, err := a.Accept(context.Background(), c, Config{
-			User: "alice", Principals: Principals("DB.example.com", "db", "db.example.com", "", "[::1]"), Login: login,
+			User: "alice", Principals: Principals("DB.example.com", "db", "db.example.com", "", "[::1]", "[127.0.0.1]:2299"), Login: login,
 		}, h)
 		done <- result{conn, err}
 	}()
@@ -169,7 +169,7 @@ func TestAlgorithmsFollowTheClient(t *testing.T) {
 			if !ok || cert.Type() != x.wantCert {
 				t.Fatalf("shown %s, want a certificate %s", shown.Type(), x.wantCert)
 			}
-			if want := []string{"db.example.com", "db", "::1"}; !slices.Equal(cert.ValidPrincipals, want) {
+			if want := []string{"db.example.com", "db", "::1", "[127.0.0.1]:2299"}; !slices.Equal(cert.ValidPrincipals, want) {
 				t.Errorf("principals %q, want %q", cert.ValidPrincipals, want)
 			}
 			if !slices.Contains(*published, authorized(cert.SignatureKey)) {

@@ -50,6 +50,7 @@ type client struct {
 
 	handshake *local.Handshake
 	batch     bool          // BatchMode: its person is never asked
+	verbose   bool          // ssh -v
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -110,6 +111,21 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 		return
 	}
 	c.batch = spec.Config.Get("batchmode") == "yes"
+	c.verbose = slices.Contains(hello.SSHArgs, "-v")
+	spec.Banner = func(text string) {
+		for line := range strings.Lines(text) {
+			c.say("server " + c.target.Host + ": " + strings.TrimRight(line, "\r\n"))
+		}
+	}
+	spec.Say = c.say
+	if c.verbose {
+		spec.Debug = func(line string) { c.say("debug: " + line) }
+	}
+	for _, name := range wire.EnvNames {
+		if v, ok := hello.Env[name]; ok {
+			spec.Env = append(spec.Env, name+"="+v)
+		}
+	}
 	_ = nc.SetDeadline(time.Time{})
 	stopHello() // from here on the person is told before the end
 	m.enter(c)
@@ -288,6 +304,9 @@ func (c *client) acquire(spec pool.Spec, failed func(error)) *login {
 			return
 		}
 		c.upstream.Store(l.lease.ID())
+		if c.verbose {
+			c.say(fmt.Sprintf("debug: on connection %d to %s", l.lease.ID(), c.target.Addr()))
+		}
 	}()
 	return l
 }
@@ -368,7 +387,7 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if c.batch {
 		return nil, pool.ErrNobody
 	}
-	lq := local.Question{Name: use.Printable(q.Title), Instruction: printableLines(q.Text)}
+	lq := local.Question{Instruction: printableLines(q.Text)}
 	for _, p := range q.Prompts {
 		// Whose question it is stands in each prompt: the server's text could pose as ours.
 		lq.Prompts = append(lq.Prompts, use.Printable(q.Title)+": "+printableLines(p.Text))

@@ -22,6 +22,7 @@ func (p *Pool) transport(spec Spec, by use.Use, ask Asker) func(context.Context)
 	last := len(spec.Via) - 1
 	hop := spec.Via[last]
 	hop.Via = spec.Via[:last]
+	hop.Env, hop.Banner, hop.Say, hop.Debug = spec.Env, spec.Banner, spec.Say, spec.Debug
 	return func(ctx context.Context) (net.Conn, error) { return p.jump(ctx, hop, spec.Target, by, ask) }
 }
 

@@ -77,7 +77,8 @@ type flight struct {
 
 type waiter struct {
 	asker     Asker
-	connected func()
+	spec      Spec          // for Banner, Say and Debug
+	connected func()        // nil once called
 	gone      chan struct{} // closed when the waiter leaves
 	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
 	// first could be gone by then, and the upstream with it.
@@ -96,11 +97,22 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 	if spec.Agent != nil {
 		k.agent = spec.Agent.ID()
 	}
-	l, f, w, err := p.join(k, spec, permit.Use(), ask)
-	if err != nil {
-		return nil, err
-	}
-	if l != nil {
+	var l *Lease
+	var f *flight
+	var w *waiter
+	for {
+		var err error
+		if l, f, w, err = p.join(k, spec, permit.Use(), ask); err != nil {
+			return nil, err
+		}
+		if l == nil {
+			break
+		}
+		if err := l.hostKeyStillGood(spec); err != nil {
+			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
+			l.Release()
+			continue // a new dial finds out, and says so
+		}
 		if spec.Connected != nil {
 			spec.Connected()
 		}
@@ -134,7 +146,7 @@ func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *fli
 			return u.leaseLocked(), nil, nil, nil
 		}
 	}
-	w := &waiter{asker: ask, connected: spec.Connected, gone: make(chan struct{})}
+	w := &waiter{asker: ask, spec: spec, connected: spec.Connected, gone: make(chan struct{})}
 	f := p.flights[k]
 	if f == nil {
 		f = &flight{
@@ -145,6 +157,9 @@ func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *fli
 		var ctx context.Context
 		ctx, f.cancel = context.WithCancel(p.ctx)
 		spec.Connected = func() { p.tcpUp(f) }
+		spec.Banner = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Banner }) }
+		spec.Say = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Say }) }
+		spec.Debug = func(s string) { p.debug(f, s) }
 		spec.Transport = p.transport(spec, by, flightAsker{p, f})
 		p.wg.Go(func() { p.dial(ctx, k, spec, f) })
 	} else if f.tcpUp && w.connected != nil {
@@ -197,6 +212,36 @@ func (p *Pool) tcpUp(f *flight) {
 	p.mu.Unlock()
 	for _, c := range tell {
 		c()
+	}
+}
+
+// tellOldest passes text of the dial to the first of its waiting clients that takes it.
+func (p *Pool) tellOldest(f *flight, text string, how func(Spec) func(string)) {
+	p.mu.Lock()
+	var tell func(string)
+	for _, w := range f.waiters {
+		if tell = how(w.spec); tell != nil {
+			break
+		}
+	}
+	p.mu.Unlock()
+	if tell != nil {
+		tell(text)
+	}
+}
+
+// debug passes a step of the dial to all of its waiting clients that want to see it.
+func (p *Pool) debug(f *flight, line string) {
+	p.mu.Lock()
+	var tell []func(string)
+	for _, w := range f.waiters {
+		if w.spec.Debug != nil {
+			tell = append(tell, w.spec.Debug)
+		}
+	}
+	p.mu.Unlock()
+	for _, t := range tell {
+		t(line)
 	}
 }
 

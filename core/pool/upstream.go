@@ -46,7 +46,7 @@ func newUpstream(p *Pool, id uint64, k flightKey, spec Spec, conn Conn) *upstrea
 		pool: p, id: id, key: k.key, spec: spec, conn: conn, since: time.Now(),
 		dead: make(chan struct{}), leases: map[*Lease]struct{}{}, keepalives: make(chan *ssh.Request, 16),
 	}
-	u.spec.Connected, u.spec.Transport, u.spec.Via = nil, nil, nil
+	u.spec = Spec{Target: spec.Target, Config: spec.Config} // the rest belongs to clients that come and go
 	u.fwd.init()
 	return u
 }
@@ -253,6 +253,22 @@ type Lease struct {
 	mu        sync.Mutex // guards what follows
 	released  bool
 	listeners map[*Listener]struct{}
+}
+
+// hostKeyStillGood checks what the user's files say now about the key that the server showed. If they don't like it any
+// more, the upstream takes no new clients.
+func (l *Lease) hostKeyStillGood(spec Spec) error {
+	k, ok := l.up.conn.(HostKeyKeeper)
+	if !ok {
+		return nil
+	}
+	err := k.HostKeyStillGood(spec)
+	if err != nil {
+		l.up.pool.mu.Lock()
+		l.up.draining = true
+		l.up.pool.mu.Unlock()
+	}
+	return err
 }
 
 // Lost is closed when the upstream has ended.

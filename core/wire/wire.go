@@ -34,7 +34,7 @@ type Hello struct {
 }
 
 // EnvNames are the variables that a hello may carry.
-var EnvNames = []string{"SSH_AUTH_SOCK", "HOME"}
+var EnvNames = []string{"SSH_AUTH_SOCK", "HOME", "PATH", "SHELL", "USER", "LOGNAME"}
 
 // AnswerKind is what the master wants next.
 type AnswerKind string
