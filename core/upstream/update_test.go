@@ -252,3 +252,16 @@ func TestUpdateHostKeysNeverProved(t *testing.T) {
 	c.Close()
 	check(t, c.Wait())
 }
+
+func FuzzServerKeys(f *testing.F) {
+	k := newKey(f, "ed25519")
+	f.Add(ssh.Marshal(struct{ B []byte }{k.pub.Marshal()}))
+	f.Add([]byte("\x00\x00\x00\x06future"))
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		u := &updater{allowed: preferredHostKeys}
+		keys, why := u.parse(payload)
+		if (why == "") != (len(keys) > 0) || len(keys) > maxServerKeys {
+			t.Errorf("%d keys, %q", len(keys), why)
+		}
+	})
+}
