@@ -3,6 +3,7 @@ package upstream
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -25,6 +26,7 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 
 	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/use"
 )
 
 // person answers by script, and is nobody when that is at its end.
@@ -681,6 +683,62 @@ func TestSecurityKeyFile(t *testing.T) {
 	if securityKey([]byte("-----BEGIN OPENSSH PRIVATE KEY-----\n"+base64.StdEncoding.EncodeToString([]byte("openssh-key-v1\x00xx"))+"\n-----END OPENSSH PRIVATE KEY-----\n")) != nil {
 		t.Error("a broken file is a key")
 	}
+}
+
+func TestKeysAreWiped(t *testing.T) {
+	k := newKey(t, "ed25519")
+	dir := t.TempDir()
+	l := &login{dialing: newDialing(spec(t, 22, "identityfile "+k.file(t, dir, "a", ""), "identityfile "+k.file(t, dir, "b", "secret"))), ctx: t.Context()}
+	l.asker = answering("secret")
+	l.prepare()
+	var raw []ed25519.PrivateKey
+	for _, i := range l.loaded {
+		if _, err := i.private(); err != nil {
+			t.Fatal(err)
+		}
+		raw = append(raw, *i.raw.(*ed25519.PrivateKey))
+	}
+	l.end()
+	if len(raw) != 2 {
+		t.Fatalf("%d keys were loaded", len(raw))
+	}
+	for _, r := range raw {
+		if !bytes.Equal(r, make([]byte, len(r))) {
+			t.Error("a private key is left in memory")
+		}
+	}
+}
+
+// A server that never stops asking is left.
+func TestEndlessChallenges(t *testing.T) {
+	f := passwordServer(t, &ssh.ServerConfig{KeyboardInteractiveCallback: func(_ ssh.ConnMetadata, ask ssh.KeyboardInteractiveChallenge) (*ssh.Permissions, error) {
+		for {
+			if _, err := ask("", "Wait", nil, nil); err != nil {
+				return nil, err
+			}
+		}
+	}})
+	contains(t, dialError(t, spec(t, f.port, "stricthostkeychecking no")), "the server does not stop asking")
+}
+
+func FuzzSecurityKey(f *testing.F) {
+	f.Add([]byte("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA\n-----END OPENSSH PRIVATE KEY-----\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if pub := securityKey(text); pub != nil && !strings.HasPrefix(pub.Type(), "sk-") {
+			t.Errorf("got %s", pub.Type())
+		}
+	})
+}
+
+func FuzzLines(f *testing.F) {
+	f.Add("a\r\nb\x1b\n\n\u202e")
+	f.Fuzz(func(t *testing.T, text string) {
+		for line := range strings.SplitSeq(lines(text), "\n") {
+			if use.Printable(line) != line {
+				t.Errorf("%q is not escaped", line)
+			}
+		}
+	})
 }
 
 // The dial ends while a question is open.
