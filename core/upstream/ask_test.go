@@ -275,7 +275,7 @@ func TestPassphrase(t *testing.T) {
 	useless := bad.file(t, dir, "useless", "secret")
 	pair := certified.file(t, dir, "pair", "secret")
 	write(t, dir, "pair-cert.pub", string(ssh.MarshalAuthorizedKey(ca.certify(t, certified.pub, ssh.UserCert, 0, me(t)))))
-	//nolint:staticcheck // the old format is what has no public half
+	//lint:ignore SA1019 ssh still reads keys in this format, so they have to be read here
 	block, err := x509.EncryptPEMBlock(rand.Reader, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(old), []byte("secret"), x509.PEMCipherAES128)
 	check(t, err)
 	oldFile := write(t, dir, "old", string(pem.EncodeToMemory(block)))
