@@ -177,7 +177,7 @@ func TestOptionsOfTheSSHAbove(t *testing.T) {
 		return w.finish(cmd, "x")
 	}
 	_, errs, status := under("muxproxy -o Port=1 u@hello:22", "-tvp2200", "-i", "key", "me@db", "-L1:h:1", "uptime")
-	if want := `"db" pipes ["-v" "-p" "2200" "-i" "key"]`; status != 255 || !strings.Contains(errs, want) {
+	if want := `"db" pipes ["-v" "-p" "2200" "-i" "key" "--" "me@db"]`; status != 255 || !strings.Contains(errs, want) {
 		t.Errorf("%d, %q, want %q", status, errs, want)
 	}
 	// An option of a newer ssh could be about where the connection leads.

@@ -51,6 +51,7 @@ type client struct {
 	handshake *local.Handshake
 	batch     bool          // BatchMode: its person is never asked
 	verbose   bool          // ssh -v
+	asking    func()        // called before each question; may be nil
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -112,12 +113,19 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	}
 	c.batch = spec.Config.Get("batchmode") == "yes"
 	c.verbose = slices.Contains(hello.SSHArgs, "-v")
-	spec.Banner = func(text string) {
-		for line := range strings.Lines(text) {
-			c.say("server " + c.target.Host + ": " + strings.TrimRight(line, "\r\n"))
+	switch quiet := slices.Contains(hello.SSHArgs, "-q"); strings.ToLower(spec.Config.Get("loglevel")) {
+	case "quiet", "fatal", "error":
+	default:
+		if quiet {
+			break
+		}
+		spec.Say = c.say
+		spec.Banner = func(text string) {
+			for line := range strings.Lines(text) {
+				c.say("server " + c.target.Host + ": " + strings.TrimRight(line, "\r\n"))
+			}
 		}
 	}
-	spec.Say = c.say
 	if c.verbose {
 		spec.Debug = func(line string) { c.say("debug: " + line) }
 	}
@@ -247,6 +255,7 @@ func (c *client) serveSocket(spec pool.Spec, nc *net.UnixConn) {
 	connected := make(chan struct{})
 	spec.Connected = sync.OnceFunc(func() { close(connected) })
 	failed := make(chan error, 1)
+	c.asking = spec.Connected // a question, a jump host's for one, can only be shown once the stream begins
 	l := c.acquire(spec, func(err error) { failed <- err })
 	defer l.release()
 	select {
@@ -387,10 +396,17 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if c.batch {
 		return nil, pool.ErrNobody
 	}
+	if c.asking != nil {
+		c.asking()
+	}
+	// Whose words they are stands before each prompt, and before each line of a server's text: that could pose as ours.
+	title := use.Printable(q.Title) + ": "
 	lq := local.Question{Instruction: printableLines(q.Text)}
+	if q.Title != "muxproxy" && lq.Instruction != "" {
+		lq.Instruction = title + strings.ReplaceAll(lq.Instruction, "\n", "\n"+title)
+	}
 	for _, p := range q.Prompts {
-		// Whose question it is stands in each prompt: the server's text could pose as ours.
-		lq.Prompts = append(lq.Prompts, use.Printable(q.Title)+": "+printableLines(p.Text))
+		lq.Prompts = append(lq.Prompts, title+onOneRow(p.Text))
 		lq.Echos = append(lq.Echos, p.Echo)
 	}
 	answers, err := c.handshake.Ask(ctx, lq)
@@ -406,6 +422,15 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 // hasTerminal tells whether the ssh at this client has a terminal to ask at.
 func (c *client) hasTerminal() bool {
 	return slices.ContainsFunc(c.caller.Processes[:min(2, len(c.caller.Processes))], func(p use.Process) bool { return p.TTY != "" })
+}
+
+// onOneRow keeps a prompt from filling a row of the terminal with blanks, so that the next one looks like a line of ours.
+func onOneRow(prompt string) string {
+	end := ""
+	if strings.HasSuffix(prompt, " ") {
+		end = " "
+	}
+	return use.Printable(strings.Join(strings.Fields(prompt), " ")) + end
 }
 
 // printableLines escapes text, but keeps its lines.
