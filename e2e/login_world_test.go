@@ -187,9 +187,9 @@ func (w *world) both(name, lines, base string) ways {
 			kept.WriteString("    " + strings.TrimSpace(line) + "\n")
 		}
 	}
-	write := func(file, first, global string) string {
-		text := first + strings.ReplaceAll(lines, "{global}", global) + "\nMatch all\n" + kept.String()
-		return w.write(file, text)
+	write := func(way, first, global string) string {
+		text := strings.NewReplacer("{global}", global, "{way}", way).Replace(lines)
+		return w.write(name+"."+way, first+text+"\nMatch all\n"+kept.String())
 	}
 	own := w.path(w.state + "/muxproxy/known_hosts")
 	var first string
@@ -206,7 +206,7 @@ func (w *world) both(name, lines, base string) ways {
 	if !set["globalknownhostsfile"] {
 		plainFirst = "GlobalKnownHostsFile /dev/null\n"
 	}
-	return ways{write(name+".mux", first, own), write(name+".plain", plainFirst, "")}
+	return ways{write("mux", first, own), write("plain", plainFirst, "")}
 }
 
 // base are lines that lead to the sshd at this port of 127.0.0.1 and let nobody be asked.
