@@ -2,7 +2,6 @@
 
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 DEMO_HOST ?=
-BIG       ?=
 
 # Where the checkout is another user's, git refuses to look at it and go build would fail for that.
 vcs := $(shell git status >/dev/null 2>&1 || echo -buildvcs=false)
@@ -14,7 +13,7 @@ tool := go tool -modfile=tools/go.mod
 help:
 	@echo 'make build        bin/muxproxy and bin/muxproxyd, static'
 	@echo 'make demo         build, then measure what sharing gives; DEMO_HOST=HOST for a host of yours'
-	@echo 'make test         all tests, with the race detector; BIG=1 adds copies of 256 MiB without it'
+	@echo 'make test         all tests, with the race detector, and copies of 256 MiB without it'
 	@echo 'make lint         gofmt, go vet (linux, darwin, windows), staticcheck, govulncheck'
 	@echo 'make proto        generate the code of the .proto files (needs protoc)'
 	@echo 'make proto-check  fail if that would change anything'
@@ -30,10 +29,9 @@ demo: build
 test:
 	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
 		nc:netcat-openbsd ps:procps
-	go test -race -timeout 10m ./...
-ifneq ($(BIG),)
-	E2E_BIG=1 go test -timeout 10m -count=1 ./e2e
-endif
+	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)
+	go test -race -timeout 10m -count=1 ./e2e
+	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e
 
 lint: cross-vet
 	@unformatted=$$(gofmt -l *.go core cmd e2e); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }

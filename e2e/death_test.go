@@ -264,6 +264,44 @@ func TestAStoppedClientWithRequestsPendingHindersNobody(t *testing.T) {
 	})
 }
 
+// sshd asks for life on the first open channel, here one that a background job keeps open. A stopped client that has an
+// exit status waiting must not leave that unanswered, or sshd ends the connection of all.
+func TestAStoppedClientDoesNotCostTheOthersTheConnection(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	for _, m := range []mode{pipes, fdpass} {
+		t.Run(string(m), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, m, func(s *setup) { s.sshd = []string{"ClientAliveInterval 1", "ClientAliveCountMax 3"} })
+			done := w.path("done")
+			stopped := w.sshStart("box", "sleep 20 & echo in; sleep 2; head -c 1000000 /dev/zero; touch "+done+"; exit 3")
+			stopped.expect("in\n")
+			stopped.stop()
+			beside := w.sshStart("box", "echo in; cat")
+			beside.expect("in\n")
+			eventually(t, "the stopped client's command ends", func() bool { _, err := os.Stat(done); return err == nil })
+			// Longer than sshd waits: nothing else would tell.
+			w.silence(6*time.Second, beside)
+			want(t, w.ssh("box", "echo still"), 0, "still\n")
+			beside.release()
+			stopped.signal(syscall.SIGKILL)
+			stopped.wait(patience)
+			w.connections(1)
+		})
+	}
+}
+
+// silence fails if a process ends within some time.
+func (w *world) silence(d time.Duration, p *proc) {
+	w.t.Helper()
+	select {
+	case <-p.done:
+		w.t.Errorf("%q has ended: %s", p.cmd.Args, p.err.String())
+	case <-time.After(d):
+	}
+}
+
 // muxLines are the lines that muxproxy itself said.
 func muxLines(stderr string) []string {
 	var all []string

@@ -88,6 +88,7 @@ type setup struct {
 	state string            // where XDG_STATE_HOME, or what stands for it, is in dir
 	bin   string            // directory of muxproxy
 	env   map[string]string // "" removes a variable
+	sshd  []string          // lines of sshd_config, before the usual ones
 }
 
 // newWorld makes a home, starts an sshd, and writes an ssh_config that leads to it. When the test ends all is gone: a
@@ -122,7 +123,7 @@ func newWorld(t testing.TB, m mode, options ...option) *world {
 	}
 	w.write("id", string(private))
 	w.write("authorized_keys", string(ssh.MarshalAuthorizedKey(public)))
-	w.startSSHD()
+	w.startSSHD(s.sshd)
 	w.link = newLink(t, loopback(w.sshd))
 	w.write("known_hosts", knownHosts(w.link.port())+knownHosts(w.sshd))
 
@@ -206,7 +207,7 @@ func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.It
 func somePort() int { return 12000 + mrand.IntN(20000) }
 
 // startSSHD starts an sshd. It ends with the test.
-func (w *world) startSSHD() {
+func (w *world) startSSHD(lines []string) {
 	t := w.t
 	t.Helper()
 	w.sshdLog = w.path("sshd.log")
@@ -221,7 +222,8 @@ func (w *world) startSSHD() {
 	defer logFile.Close()
 	for range 20 {
 		w.sshd = freePort(t)
-		conf := w.write("sshd_config", fmt.Sprintf(`Port %d
+		conf := w.write("sshd_config", strings.Join(lines, "\n")+fmt.Sprintf(`
+Port %d
 ListenAddress 127.0.0.1
 %sAuthorizedKeysFile %s
 PidFile none
