@@ -5,13 +5,17 @@ package e2e
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -324,4 +328,153 @@ func (w *world) script(name, text string) string {
 		w.t.Fatal(err)
 	}
 	return filepath.Clean(path)
+}
+
+// door is an SSH server whose ways in are the test's own. It shows the host keys of every sshd here. A command "hold"
+// lasts until its stdin ends; any other says who has come in.
+type door struct {
+	ln net.Listener
+	wg sync.WaitGroup
+
+	mu    sync.Mutex // guards conns
+	conns []net.Conn
+}
+
+// newDoor starts one with this configuration, whose host keys are known in the world. It ends with the test.
+func (w *world) newDoor(config *ssh.ServerConfig) *door {
+	t := w.t
+	t.Helper()
+	d := &door{ln: listenTCP(t)}
+	for _, k := range hostKeys {
+		signer, err := ssh.ParsePrivateKey(k.private)
+		if err != nil {
+			t.Fatal(err)
+		}
+		config.AddHostKey(signer)
+	}
+	w.append("known_hosts", knownHosts(d.port()))
+	d.wg.Go(func() {
+		for {
+			c, err := d.ln.Accept()
+			if err != nil {
+				return
+			}
+			d.mu.Lock()
+			d.conns = append(d.conns, c)
+			d.mu.Unlock()
+			d.wg.Go(func() { d.serve(c, config) })
+		}
+	})
+	t.Cleanup(func() {
+		d.ln.Close()
+		d.mu.Lock()
+		for _, c := range d.conns {
+			c.Close()
+		}
+		d.mu.Unlock()
+		d.wg.Wait()
+	})
+	return d
+}
+
+func (d *door) port() int { return d.ln.Addr().(*net.TCPAddr).Port }
+
+// count is how many TCP connections were accepted so far.
+func (d *door) count() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.conns)
+}
+
+func (d *door) serve(c net.Conn, config *ssh.ServerConfig) {
+	defer c.Close()
+	conn, channels, requests, err := ssh.NewServerConn(c, config)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	d.wg.Go(func() { ssh.DiscardRequests(requests) })
+	for ch := range channels {
+		if ch.ChannelType() != "session" {
+			ch.Reject(ssh.UnknownChannelType, "sessions only")
+			continue
+		}
+		channel, requests, err := ch.Accept()
+		if err != nil {
+			return
+		}
+		d.wg.Go(func() {
+			for r := range requests {
+				r.Reply(r.Type == "exec" || r.Type == "env", nil)
+				if r.Type != "exec" {
+					continue
+				}
+				d.wg.Go(func() {
+					var exec struct{ Command string }
+					if ssh.Unmarshal(r.Payload, &exec) == nil && exec.Command == "hold" {
+						fmt.Fprintln(channel, "held")
+						io.Copy(io.Discard, channel)
+					} else {
+						fmt.Fprintf(channel, "in as %s\n", conn.User())
+					}
+					channel.SendRequest("exit-status", false, ssh.Marshal(struct{ Status uint32 }{0}))
+					channel.Close()
+				})
+			}
+		})
+	}
+}
+
+// passwordDoor is a door for this password. asked counts how often one was tried.
+func (w *world) passwordDoor(password string) (d *door, asked *atomic.Int32) {
+	asked = new(atomic.Int32)
+	return w.newDoor(&ssh.ServerConfig{
+		PasswordCallback: func(_ ssh.ConnMetadata, p []byte) (*ssh.Permissions, error) {
+			asked.Add(1)
+			if string(p) != password {
+				return nil, errors.New("wrong")
+			}
+			return nil, nil
+		},
+	}), asked
+}
+
+// interactive writes an ssh_config for this mode that leads to a port and may ask the person.
+func (w *world) interactive(name string, port int, lines string) string {
+	w.t.Helper()
+	files := w.both(name, lines+"\nBatchMode no\n", w.base(port))
+	if w.mode == plain {
+		return files.plain
+	}
+	return files.mux
+}
+
+// tty starts ssh on a terminal of its own.
+func (w *world) tty(conf string, args ...string) *proc {
+	w.t.Helper()
+	return w.start(spec{args: append([]string{"ssh", "-F", conf}, args...), tty: true})
+}
+
+// noTTY starts ssh without any terminal, not even the one that the tests run at.
+func (w *world) noTTY(conf string, args ...string) *proc {
+	w.t.Helper()
+	return w.start(spec{args: append([]string{"setsid", "ssh", "-F", conf}, args...), null: true})
+}
+
+// answer waits for a prompt on the terminal and types an answer. It returns what was shown before the prompt.
+func (p *proc) answer(prompt, answer string) string {
+	p.t.Helper()
+	before := p.expect(prompt)
+	p.send(answer + "\n")
+	return before
+}
+
+// ended checks how an ssh on a terminal ended, and that its output has what it should.
+func (p *proc) ended(status int, shows string) result {
+	p.t.Helper()
+	r := p.wait(patience)
+	if r.status != status || !strings.Contains(r.out, shows) {
+		p.t.Errorf("%q: status %d (want %d), %q in %q", p.cmd.Args, r.status, status, shows, tail(r.out))
+	}
+	return r
 }
