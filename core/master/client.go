@@ -111,13 +111,17 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 		return
 	}
 	c.batch = spec.Config.Get("batchmode") == "yes"
-	c.verbose = slices.Contains(hello.SSHArgs, "-v")
-	spec.Banner = func(text string) {
-		for line := range strings.Lines(text) {
-			c.say("server " + c.target.Host + ": " + strings.TrimRight(line, "\r\n"))
+	level := strings.ToUpper(spec.Config.Get("loglevel"))
+	c.verbose = slices.Contains(hello.SSHArgs, "-v") || strings.HasPrefix(level, "DEBUG")
+	quiet := slices.Contains(hello.SSHArgs, "-q") || slices.Contains([]string{"SILENT", "QUIET", "FATAL", "ERROR"}, level)
+	if !quiet { // below LogLevel INFO ssh shows neither
+		spec.Banner = func(text string) {
+			for line := range strings.Lines(text) {
+				c.say("server " + c.target.Host + ": " + strings.TrimRight(line, "\r\n"))
+			}
 		}
+		spec.Say = c.say
 	}
-	spec.Say = c.say
 	if c.verbose {
 		spec.Debug = func(line string) { c.say("debug: " + line) }
 	}

@@ -81,10 +81,10 @@ func (a *Args) getopt(argv []string) (rest []string, terminated bool, err error)
 // Shape returns the options that shape the connection or matter to `ssh -G`, in their order, normalised: what two
 // command lines must share to mean the same. Left out are those that say what to do with the connection (-L, -N, -t...),
 // where to log (-E), or what else ssh should be (-G, -O, -Q, -V).
-func (a Args) Shape() []string { return a.filter("46abcilmopvABCFIJKPk") }
+func (a Args) Shape() []string { return a.filter("46abcilmopqvABCFIJKPk") }
 
-// forResolve is Shape and what Match sessiontype and Match command look at. -q is not in it, for it would hide why
-// ssh -G failed.
+// forResolve is Shape and what Match sessiontype and Match command look at, but for -q, which would hide why ssh -G
+// failed.
 func (a Args) forResolve() []string { return a.filter("46abcilmopvABCFIJKPkNsTt") }
 
 func (a Args) filter(letters string) []string {

@@ -57,7 +57,7 @@ func TestShape(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := "-v -v -o A=b -F f -i k -l u -p 1 -J j -b b -B B -c c -m m -I I -A -a -C -4 -6 -P t"
+	want := "-v -v -q -o A=b -F f -i k -l u -p 1 -J j -b b -B B -c c -m m -I I -A -a -C -4 -6 -P t"
 	if got := strings.Join(a.Shape(), " "); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
