@@ -46,6 +46,12 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 		picky := w.sshdAlso("127.0.0.1", "Ciphers aes256-ctr", "MACs hmac-sha2-256", "KexAlgorithms ecdh-sha2-nistp384",
 			"TrustedUserCAKeys "+w.path("ca.pub"))
 		w.append("known_hosts", knownHosts(picky))
+		impatient := w.sshdAlso("127.0.0.1", "MaxAuthTries 2")
+		w.append("known_hosts", knownHosts(impatient))
+		for _, k := range []string{"wrong1", "wrong2", "wrong3"} {
+			w.newKey(k)
+		}
+		crowded := w.agentWith("crowded.sock", "wrong1", "wrong2", "wrong3", "agents")
 		six := w.sshdAlso("::1")
 		late := lateServer(t, loopback(w.sshd), 3*time.Second)
 		w.append("known_hosts", knownHosts(late))
@@ -62,7 +68,7 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 
 		fill := strings.NewReplacer("{dir}", w.dir, "{me}", me, "{picky}", fmt.Sprint(picky), "{six}", fmt.Sprint(six),
 			"{late}", fmt.Sprint(late), "{free}", fmt.Sprint(free), "{port}", fmt.Sprint(w.sshd), "{agent}", agent,
-			"{cert}", "ecdsa-sha2-nistp256-cert-v01@openssh.com")
+			"{impatient}", fmt.Sprint(impatient), "{crowded}", crowded, "{cert}", "ecdsa-sha2-nistp256-cert-v01@openssh.com")
 		cases := []optionCase{
 			{option: "HostName", lines: "HostName 127.0.0.1", host: "box.invalid"},
 			{option: "HostName", lines: "HostName %h", host: "127.0.0.1"},
@@ -88,6 +94,9 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 			{option: "IdentitiesOnly", lines: "IdentityFile {dir}/second\nIdentityAgent {agent}\nIdentitiesOnly no"},
 			{option: "IdentitiesOnly", lines: "IdentityFile {dir}/second\nIdentityAgent {agent}\nIdentitiesOnly yes", status: out},
 			{option: "IdentitiesOnly", lines: "IdentityFile {dir}/public_only\nIdentityAgent {agent}\nIdentitiesOnly yes"},
+			{option: "order of keys", lines: "Port {impatient}\nIdentityFile {dir}/public_only\nIdentitiesOnly no\nIdentityAgent {crowded}"},
+			{option: "order of keys", lines: "Port {impatient}\nIdentityFile {dir}/id\nIdentitiesOnly no\nIdentityAgent {crowded}", status: out},
+			{option: "order of keys", lines: "Port {impatient}\nIdentityFile {dir}/id\nIdentitiesOnly yes\nIdentityAgent {crowded}"},
 			{option: "IdentityAgent", lines: "IdentityFile none\nIdentitiesOnly no\nIdentityAgent {agent}"},
 			{option: "IdentityAgent", lines: "IdentityFile none\nIdentitiesOnly no\nIdentityAgent none",
 				env: []string{"SSH_AUTH_SOCK={agent}"}, status: out},

@@ -355,3 +355,49 @@ func TestUserNamesWithOddCharacters(t *testing.T) {
 		}
 	})
 }
+
+// Who dials first need not be who is asked.
+func TestAQuestionPassesByWhoCanNotAnswer(t *testing.T) {
+	for name, options := range map[string][]string{"no terminal": nil, "BatchMode": {"-oBatchMode=yes"}} {
+		t.Run(name, func(t *testing.T) {
+			forPipes(t, func(t *testing.T, w *world) {
+				if !muxproxyOnly(t) {
+					return
+				}
+				d, tried := w.passwordDoor("sesame")
+				front := newLink(t, d.ln.Addr().String())
+				w.append("known_hosts", knownHosts(front.port()))
+				conf := w.interactive("pass.conf", front.port(), "")
+				front.stall(true)
+				first := w.noTTY(conf, append(options, "box", "who")...)
+				w.waiting(1)
+				second := w.tty(conf, "box", "who")
+				w.waiting(2)
+				front.stall(false)
+				second.answer("password: ", "sesame")
+				second.ended(0, "in as "+me)
+				want(t, first.wait(patience), 0, "in as "+me+"\n")
+				if d.count() != 1 || tried.Load() != 1 {
+					t.Errorf("%d connections, %d passwords", d.count(), tried.Load())
+				}
+			})
+		})
+	}
+}
+
+func TestAnUnlockedKeyIsAddedToTheAgent(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		w.tool("ssh-keygen", "-q", "-t", "ed25519", "-N", "open sesame", "-f", w.path("locked"))
+		w.allow(w.read("locked.pub"))
+		socket := w.agentWith("agent.sock")
+		conf := w.interactive("add.conf", w.sshd, "IdentityFile "+w.path("locked")+"\nIdentityAgent "+socket+"\nAddKeysToAgent yes")
+		p := w.tty(conf, "box", "echo in")
+		p.answer("Enter passphrase for key '", "open sesame")
+		p.ended(0, "in\r\n")
+		list := w.run(spec{args: []string{"ssh-add", "-L"}, env: append([]string{"SSH_AUTH_SOCK=" + socket}, w.env...), null: true})
+		if key := strings.Fields(w.read("locked.pub"))[1]; !strings.Contains(list.out, key) {
+			t.Errorf("the agent has %q", list.out)
+		}
+		want(t, w.noTTY(conf, "box", "echo in").wait(patience), 0, "in\n")
+	})
+}
