@@ -51,7 +51,6 @@ type client struct {
 	handshake *local.Handshake
 	batch     bool          // BatchMode: its person is never asked
 	verbose   bool          // ssh -v
-	asking    func()        // called before each question; may be nil
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -112,19 +111,16 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 		return
 	}
 	c.batch = spec.Config.Get("batchmode") == "yes"
-	c.verbose = slices.Contains(hello.SSHArgs, "-v")
-	switch quiet := slices.Contains(hello.SSHArgs, "-q"); strings.ToLower(spec.Config.Get("loglevel")) {
-	case "quiet", "fatal", "error":
-	default:
-		if quiet {
-			break
-		}
-		spec.Say = c.say
+	level := strings.ToUpper(spec.Config.Get("loglevel"))
+	c.verbose = slices.Contains(hello.SSHArgs, "-v") || strings.HasPrefix(level, "DEBUG")
+	quiet := slices.Contains(hello.SSHArgs, "-q") || slices.Contains([]string{"SILENT", "QUIET", "FATAL", "ERROR"}, level)
+	if !quiet { // below LogLevel INFO ssh shows neither
 		spec.Banner = func(text string) {
 			for line := range strings.Lines(text) {
 				c.say("server " + c.target.Host + ": " + strings.TrimRight(line, "\r\n"))
 			}
 		}
+		spec.Say = c.say
 	}
 	if c.verbose {
 		spec.Debug = func(line string) { c.say("debug: " + line) }
@@ -255,7 +251,6 @@ func (c *client) serveSocket(spec pool.Spec, nc *net.UnixConn) {
 	connected := make(chan struct{})
 	spec.Connected = sync.OnceFunc(func() { close(connected) })
 	failed := make(chan error, 1)
-	c.asking = spec.Connected // a question, a jump host's for one, can only be shown once the stream begins
 	l := c.acquire(spec, func(err error) { failed <- err })
 	defer l.release()
 	select {
@@ -395,9 +390,6 @@ var _ relay.Client = front{}
 func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if c.batch {
 		return nil, pool.ErrNobody
-	}
-	if c.asking != nil {
-		c.asking()
 	}
 	// Whose words they are stands before each prompt, and before each line of a server's text: that could pose as ours.
 	title := use.Printable(q.Title) + ": "

@@ -209,7 +209,7 @@ func (p *Pool) dropFlightLocked(f *flight) {
 	}
 }
 
-// tcpUp tells the waiters that the transport is there.
+// tcpUp tells the waiters, and those to come, that the transport is there, or that a question has come before it.
 func (p *Pool) tcpUp(f *flight) {
 	p.mu.Lock()
 	f.tcpUp = true
@@ -308,6 +308,8 @@ type flightAsker struct {
 
 // Ask implements Asker.
 func (a flightAsker) Ask(ctx context.Context, q Question) ([]string, error) {
+	// A jump host's question comes before the transport is there, and a client that waits for that can't show it.
+	a.p.tcpUp(a.f)
 	asked := map[*waiter]bool{}
 	for {
 		a.p.mu.Lock()

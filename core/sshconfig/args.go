@@ -83,8 +83,8 @@ func (a *Args) getopt(argv []string) (rest []string, terminated bool, err error)
 // where to log (-E), or what else ssh should be (-G, -O, -Q, -V).
 func (a Args) Shape() []string { return a.filter("46abcilmopqvABCFIJKPk") }
 
-// forResolve is Shape and what Match sessiontype and Match command look at. -q is not in it, for it would hide why
-// ssh -G failed.
+// forResolve is Shape and what Match sessiontype and Match command look at, but for -q, which would hide why ssh -G
+// failed.
 func (a Args) forResolve() []string { return a.filter("46abcilmopvABCFIJKPkNsTt") }
 
 func (a Args) filter(letters string) []string {
