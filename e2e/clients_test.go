@@ -1,0 +1,236 @@
+//go:build linux
+
+package e2e
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// python is Debian's: another one on PATH need not have the modules.
+const python = "/usr/bin/python3"
+
+// otherClient is an SSH client that is not OpenSSH. It does not read ssh_config: what the host needs, the bridge
+// takes from its own -F.
+type otherClient struct {
+	name string
+	// prepare writes what the client wants to have in files; nil: nothing.
+	prepare func(w *world, keys []ssh.PublicKey)
+	// args runs a command at the other end of proxy, where a server with one of these keys is.
+	args func(w *world, proxy string, keys []ssh.PublicKey, command string) []string
+}
+
+// otherClients know no host certificates, or are not told of the CA: each sees the plain key.
+var otherClients = []otherClient{
+	{
+		name: "plink",
+		args: func(w *world, proxy string, keys []ssh.PublicKey, command string) []string {
+			args := []string{"plink", "-ssh", "-batch", "-noagent", "-proxycmd", proxy, "-P", fmt.Sprint(w.link.port()), "-l", me}
+			for _, k := range keys {
+				args = append(args, "-hostkey", ssh.FingerprintSHA256(k))
+			}
+			return append(args, "127.0.0.1", command)
+		},
+	},
+	{
+		name: "dbclient",
+		// It reads only ~/.ssh/known_hosts, without ports.
+		prepare: func(w *world, keys []ssh.PublicKey) {
+			var known strings.Builder
+			for _, k := range keys {
+				fmt.Fprintf(&known, "127.0.0.1 %s", ssh.MarshalAuthorizedKey(k))
+			}
+			w.write("home/.ssh/known_hosts", known.String())
+		},
+		args: func(w *world, proxy string, _ []ssh.PublicKey, command string) []string {
+			return []string{"dbclient", "-J", proxy, "-l", me, "-p", fmt.Sprint(w.link.port()), "127.0.0.1", command}
+		},
+	},
+	{
+		name: "paramiko", // never tries "none"
+		args: func(w *world, proxy string, keys []ssh.PublicKey, command string) []string {
+			return paramikoArgs(w, proxy, keys, "key:"+w.path("stranger"), command)
+		},
+		prepare: func(w *world, _ []ssh.PublicKey) {
+			_, key, err := ed25519.GenerateKey(rand.Reader)
+			if err != nil {
+				w.t.Fatal(err)
+			}
+			private, _, err := marshalKey(key)
+			if err != nil {
+				w.t.Fatal(err)
+			}
+			w.write("stranger", string(private)) // the server does not know it
+		},
+	},
+	{
+		name:    "asyncssh",
+		prepare: writeKnown,
+		args: func(w *world, proxy string, _ []ssh.PublicKey, command string) []string {
+			return []string{python, testdata(w.t, "asyncssh_client.py"), proxy, "127.0.0.1", fmt.Sprint(w.link.port()), me,
+				w.path("known_master"), command}
+		},
+	},
+	{
+		name: "libssh",
+		prepare: func(w *world, keys []ssh.PublicKey) {
+			writeKnown(w, keys)
+			cc := exec.Command("gcc", "-Wall", "-Werror", "-o", w.path("libssh_client"), testdata(w.t, "libssh_client.c"), "-lssh")
+			if out, err := cc.CombinedOutput(); err != nil {
+				w.t.Fatalf("%q: %v\n%s", cc.Args, err, out)
+			}
+		},
+		args: func(w *world, proxy string, _ []ssh.PublicKey, command string) []string {
+			return []string{w.path("libssh_client"), proxy, "127.0.0.1", fmt.Sprint(w.link.port()), me, w.path("known_master"), command}
+		},
+	},
+}
+
+func paramikoArgs(w *world, proxy string, keys []ssh.PublicKey, login, command string) []string {
+	var lines strings.Builder
+	for _, k := range keys {
+		lines.Write(ssh.MarshalAuthorizedKey(k))
+	}
+	return []string{python, testdata(w.t, "paramiko_client.py"), proxy, "127.0.0.1", fmt.Sprint(w.link.port()), me,
+		lines.String(), login, command}
+}
+
+func writeKnown(w *world, keys []ssh.PublicKey) {
+	var known strings.Builder
+	for _, k := range keys {
+		fmt.Fprintf(&known, "[127.0.0.1]:%d %s", w.link.port(), ssh.MarshalAuthorizedKey(k))
+	}
+	w.write("known_master", known.String())
+}
+
+func testdata(t testing.TB, name string) string {
+	t.Helper()
+	path, err := filepath.Abs("testdata/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// proxy is the command line of a bridge that another program than ssh starts.
+func (w *world) proxy() string {
+	return fmt.Sprintf("%s/muxproxy -F %s %s@127.0.0.1:%d box", binDir, w.conf, me, w.link.port())
+}
+
+// plainKeys are what `muxproxy host-key` prints for clients without certificates.
+func (w *world) plainKeys() []ssh.PublicKey {
+	w.t.Helper()
+	r := w.run(spec{args: []string{binDir + "/muxproxy", "host-key"}, null: true})
+	var keys []ssh.PublicKey
+	for line := range strings.Lines(r.out) {
+		if strings.HasPrefix(line, "@cert-authority ") {
+			continue
+		}
+		k, _, _, _, err := ssh.ParseAuthorizedKey([]byte(line))
+		if err != nil {
+			w.t.Fatalf("%q: %v", line, err)
+		}
+		keys = append(keys, k)
+	}
+	if r.status != 0 || len(keys) == 0 {
+		w.t.Fatalf("muxproxy host-key: status %d: %s%s", r.status, r.out, r.err)
+	}
+	return keys
+}
+
+func TestOtherClientsShareTheConnection(t *testing.T) {
+	for _, c := range otherClients {
+		t.Run(c.name, func(t *testing.T) {
+			forPipes(t, func(t *testing.T, w *world) {
+				if !muxproxyOnly(t) {
+					return
+				}
+				holder := w.hold()
+				keys := w.plainKeys()
+				if c.prepare != nil {
+					c.prepare(w, keys)
+				}
+				for _, status := range []int{0, 7} {
+					command := fmt.Sprintf("cat; echo to stderr >&2; exit %d", status)
+					r := w.run(spec{args: c.args(w, w.proxy(), keys, command), stdin: strings.NewReader("to stdout\n")})
+					want(t, r, status, "to stdout\n")
+					if !strings.Contains(r.err, "to stderr\n") {
+						t.Errorf("stderr is %q", r.err)
+					}
+				}
+				holder.echo("still here")
+				holder.release()
+				w.connections(1)
+			})
+		})
+	}
+}
+
+func TestOtherClientsMoveBytesExactly(t *testing.T) {
+	const size = 1 << 20
+	data := make([]byte, size)
+	if _, err := rand.Read(data); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range otherClients {
+		t.Run(c.name, func(t *testing.T) {
+			forPipes(t, func(t *testing.T, w *world) {
+				if !muxproxyOnly(t) {
+					return
+				}
+				holder := w.hold()
+				keys := w.plainKeys()
+				if c.prepare != nil {
+					c.prepare(w, keys)
+				}
+				file := w.path("copy")
+				r := w.run(spec{args: c.args(w, w.proxy(), keys, "cat >"+file), stdin: bytes.NewReader(data)})
+				want(t, r, 0, "")
+				if got, err := os.ReadFile(file); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("up: %d bytes are not the %d that were sent (%v)", len(got), size, err)
+				}
+				r = w.run(spec{args: c.args(w, w.proxy(), keys, "cat "+file), stdin: strings.NewReader("")})
+				if r.status != 0 || r.out != string(data) {
+					t.Errorf("down: status %d, %d bytes are not the %d that were sent: %s", r.status, len(r.out), size, tail(r.err))
+				}
+				holder.release()
+				w.connections(1)
+			})
+		})
+	}
+}
+
+// A client that knows the host keys of another master, or the server's own, must not get in.
+func TestOtherClientsCheckTheHostKey(t *testing.T) {
+	for _, c := range otherClients {
+		t.Run(c.name, func(t *testing.T) {
+			forPipes(t, func(t *testing.T, w *world) {
+				if !muxproxyOnly(t) {
+					return
+				}
+				holder := w.hold()
+				var keys []ssh.PublicKey
+				for _, k := range hostKeys {
+					keys = append(keys, k.public)
+				}
+				if c.prepare != nil {
+					c.prepare(w, keys)
+				}
+				r := w.run(spec{args: c.args(w, w.proxy(), keys, "echo in"), stdin: strings.NewReader("")})
+				if r.status == 0 || strings.Contains(r.out, "in") {
+					t.Errorf("status %d, stdout %q, stderr %q", r.status, r.out, r.err)
+				}
+				holder.release()
+			})
+		})
+	}
+}

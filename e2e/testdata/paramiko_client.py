@@ -1,0 +1,57 @@
+"""Runs a command through paramiko.
+
+Usage: paramiko_client.py PROXYCOMMAND HOST PORT USER KEYS LOGIN COMMAND
+
+KEYS are host keys as in authorized_keys, a newline between them. LOGIN is key:FILE or password:WORD. stdin, stdout, stderr
+and the exit status are the command's.
+"""
+
+import base64
+import sys
+import threading
+
+import paramiko
+
+command, host, port, user, keys, login, remote = sys.argv[1:]
+known = f"[{host}]:{port}"
+client = paramiko.SSHClient()
+client.set_missing_host_key_policy(paramiko.RejectPolicy())
+for line in keys.splitlines():
+    kind, blob = line.split()[:2]
+    key = paramiko.PKey.from_type_string(kind, base64.b64decode(blob))
+    client.get_host_keys().add(known, kind, key)
+
+how, _, secret = login.partition(":")
+options = {"key_filename": secret} if how == "key" else {"password": secret}
+client.connect(
+    host, int(port), user, sock=paramiko.ProxyCommand(command), allow_agent=False, look_for_keys=False, timeout=60,
+    banner_timeout=60, auth_timeout=60, **options)
+
+channel = client.get_transport().open_session()
+channel.exec_command(remote)
+
+
+def feed():
+    while data := sys.stdin.buffer.read(32768):
+        channel.sendall(data)
+    channel.shutdown_write()
+
+
+def pump(read, to):
+    while data := read(32768):
+        to.buffer.write(data)
+    to.flush()
+
+
+threads = [
+    threading.Thread(target=feed),
+    threading.Thread(target=pump, args=(channel.recv, sys.stdout)),
+    threading.Thread(target=pump, args=(channel.recv_stderr, sys.stderr)),
+]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+status = channel.recv_exit_status()
+client.close()
+sys.exit(status)
