@@ -34,11 +34,11 @@ var otherClients = []otherClient{
 	{
 		name: "plink",
 		args: func(w *world, proxy string, keys []ssh.PublicKey, command string) []string {
-			args := []string{"plink", "-ssh", "-batch", "-noagent", "-proxycmd", proxy, "-P", fmt.Sprint(w.link.port()), "-l", me}
+			args := []string{"plink", "-ssh", "-batch", "-noagent", "-proxycmd", proxy, "-l", me}
 			for _, k := range keys {
 				args = append(args, "-hostkey", ssh.FingerprintSHA256(k))
 			}
-			return append(args, "127.0.0.1", command)
+			return append(args, "box", command) // it takes no proxy to a loopback address
 		},
 	},
 	{
@@ -57,10 +57,11 @@ var otherClients = []otherClient{
 	},
 	{
 		name: "paramiko", // never tries "none"
-		args: func(w *world, proxy string, keys []ssh.PublicKey, command string) []string {
-			return paramikoArgs(w, proxy, keys, "key:"+w.path("stranger"), command)
+		args: func(w *world, proxy string, _ []ssh.PublicKey, command string) []string {
+			return paramikoArgs(w, proxy, "key:"+w.path("stranger"), command)
 		},
-		prepare: func(w *world, _ []ssh.PublicKey) {
+		prepare: func(w *world, keys []ssh.PublicKey) {
+			writeKnown(w, keys)
 			_, key, err := ed25519.GenerateKey(rand.Reader)
 			if err != nil {
 				w.t.Fatal(err)
@@ -95,13 +96,9 @@ var otherClients = []otherClient{
 	},
 }
 
-func paramikoArgs(w *world, proxy string, keys []ssh.PublicKey, login, command string) []string {
-	var lines strings.Builder
-	for _, k := range keys {
-		lines.Write(ssh.MarshalAuthorizedKey(k))
-	}
+func paramikoArgs(w *world, proxy, login, command string) []string {
 	return []string{python, testdata(w.t, "paramiko_client.py"), proxy, "127.0.0.1", fmt.Sprint(w.link.port()), me,
-		lines.String(), login, command}
+		w.path("known_master"), login, command}
 }
 
 func writeKnown(w *world, keys []ssh.PublicKey) {

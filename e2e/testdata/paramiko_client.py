@@ -1,25 +1,20 @@
 """Runs a command through paramiko.
 
-Usage: paramiko_client.py PROXYCOMMAND HOST PORT USER KEYS LOGIN COMMAND
+Usage: paramiko_client.py PROXYCOMMAND HOST PORT USER KNOWN_HOSTS LOGIN COMMAND
 
-KEYS are host keys as in authorized_keys, a newline between them. LOGIN is key:FILE or password:WORD. stdin, stdout, stderr
+LOGIN is key:FILE or password:WORD. stdin, stdout, stderr
 and the exit status are the command's.
 """
 
-import base64
 import sys
 import threading
 
 import paramiko
 
-command, host, port, user, keys, login, remote = sys.argv[1:]
-known = f"[{host}]:{port}"
+command, host, port, user, known_hosts, login, remote = sys.argv[1:]
 client = paramiko.SSHClient()
 client.set_missing_host_key_policy(paramiko.RejectPolicy())
-for line in keys.splitlines():
-    kind, blob = line.split()[:2]
-    key = paramiko.PKey.from_type_string(kind, base64.b64decode(blob))
-    client.get_host_keys().add(known, kind, key)
+client.load_host_keys(known_hosts)
 
 how, _, secret = login.partition(":")
 options = {"key_filename": secret} if how == "key" else {"password": secret}
