@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -230,4 +231,67 @@ func TestOtherClientsCheckTheHostKey(t *testing.T) {
 			})
 		})
 	}
+}
+
+// ansible runs `command: id -u` on twenty aliases of the one sshd, all at once.
+func (w *world) ansible(env ...string) result {
+	w.t.Helper()
+	const hosts = 20
+	var aliases, inventory strings.Builder
+	for i := range hosts {
+		fmt.Fprintf(&aliases, " h%02d", i)
+		fmt.Fprintf(&inventory, "h%02d\n", i)
+	}
+	conf := w.write("ansible_ssh_config", strings.Replace(w.read("ssh_config"), "Host box", "Host box"+aliases.String(), 1))
+	env = append(env,
+		"ANSIBLE_HOME="+w.path("ansible"), "ANSIBLE_LOCAL_TEMP="+w.path("ansible/tmp"), "ANSIBLE_REMOTE_TEMP="+w.path("ansible/remote"),
+		"ANSIBLE_SSH_CONTROL_PATH_DIR="+w.path("cp"), "ANSIBLE_SSH_COMMON_ARGS=-F "+conf,
+		"ANSIBLE_PYTHON_INTERPRETER="+python, "ANSIBLE_TIMEOUT=60", "ANSIBLE_NOCOLOR=1", "LC_ALL=C.UTF-8",
+		// A terminal is not what this is about, and not every sshd here can give one.
+		"ANSIBLE_SSH_USETTY=no",
+	)
+	return w.start(spec{
+		args: []string{"ansible", "all", "-i", w.write("hosts", inventory.String()), "-f", fmt.Sprint(hosts), "-o", "-m", "command", "-a", "id -u"},
+		env:  append(slices.Clone(w.env), env...), null: true,
+	}).wait(6 * patience)
+}
+
+func TestAnsible(t *testing.T) {
+	check := func(t *testing.T, w *world, r result) {
+		t.Helper()
+		for i := range 20 {
+			line := fmt.Sprintf("h%02d | CHANGED | rc=0 | (stdout) %d\n", i, os.Getuid())
+			if !strings.Contains(r.out, line) {
+				t.Errorf("no %q", line)
+			}
+		}
+		if r.status != 0 || t.Failed() {
+			t.Errorf("status %d\nstdout %s\nstderr %s", r.status, r.out, tail(r.err))
+		}
+		t.Logf("%v, %d TCP connections", r.took, w.link.count())
+	}
+	// Ansible's own default: ControlMaster=auto, ControlPersist=60s.
+	t.Run("with its ControlPersist", func(t *testing.T) {
+		forPipes(t, func(t *testing.T, w *world) {
+			r := w.ansible()
+			sockets, _ := filepath.Glob(w.path("cp/*"))
+			if len(sockets) != 20 {
+				t.Errorf("%d sockets of masters, not 20", len(sockets))
+			}
+			for _, s := range sockets {
+				exit := w.run(spec{args: []string{"ssh", "-F", "none", "-S", s, "-O", "exit", "any"}, null: true})
+				if exit.status != 0 {
+					t.Errorf("ssh -O exit: %d: %s", exit.status, exit.err)
+				}
+			}
+			check(t, w, r)
+		})
+	})
+	t.Run("with ControlMaster=no", func(t *testing.T) {
+		forPipes(t, func(t *testing.T, w *world) {
+			holder := w.hold()
+			check(t, w, w.ansible("ANSIBLE_SSH_ARGS=-o ControlMaster=no"))
+			holder.release()
+		})
+	})
 }
