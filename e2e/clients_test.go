@@ -6,12 +6,14 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/crypto/ssh"
@@ -228,6 +230,74 @@ func TestOtherClientsCheckTheHostKey(t *testing.T) {
 					t.Errorf("status %d, stdout %q, stderr %q", r.status, r.out, r.err)
 				}
 				holder.release()
+			})
+		})
+	}
+}
+
+// A client that can only send a password answers the server's question with it: paramiko and dbclient as they are without a key,
+// plink by -pw. A second one then needs none.
+func TestAPasswordOfAnotherClientAnswersTheServer(t *testing.T) {
+	const secret = "correct horse"
+	for _, c := range []struct {
+		name string
+		// args runs a command; password is what the client has been given.
+		args func(w *world, keys []ssh.PublicKey, password, command string) ([]string, []string)
+	}{
+		{"paramiko", func(w *world, keys []ssh.PublicKey, password, command string) ([]string, []string) {
+			writeKnown(w, keys)
+			return paramikoArgs(w, w.proxy(), "password:"+password, command), nil
+		}},
+		{"plink", func(w *world, keys []ssh.PublicKey, password, command string) ([]string, []string) {
+			args := otherClients[0].args(w, w.proxy(), keys, command)
+			return slices.Insert(args, 1, "-pw", password), nil
+		}},
+		{"dbclient", func(w *world, keys []ssh.PublicKey, password, command string) ([]string, []string) {
+			otherClients[1].prepare(w, keys)
+			return otherClients[1].args(w, w.proxy(), nil, command), []string{"DROPBEAR_PASSWORD=" + password}
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			forPipes(t, func(t *testing.T, w *world) {
+				if !muxproxyOnly(t) {
+					return
+				}
+				var tries atomic.Int32
+				addr, key := shellServer(t, &ssh.ServerConfig{
+					PasswordCallback: func(_ ssh.ConnMetadata, got []byte) (*ssh.Permissions, error) {
+						tries.Add(1)
+						if string(got) != secret {
+							return nil, errors.New("wrong password")
+						}
+						return nil, nil
+					},
+				})
+				w.link.lead(addr)
+				w.write("known_hosts", fmt.Sprintf("[127.0.0.1]:%d %s", w.link.port(), ssh.MarshalAuthorizedKey(key)))
+				// There is a person, who uses a client that does not know keyboard-interactive.
+				w.write("ssh_config", strings.Replace(w.read("ssh_config"), "BatchMode yes", "BatchMode no", 1))
+				// The master's host key is known only when there is a master.
+				if start := w.run(spec{args: []string{binDir + "/muxproxy", "master", "start"}, null: true}); start.status != 0 {
+					t.Fatalf("muxproxy master start: %d: %s", start.status, start.err)
+				}
+				keys := w.plainKeys()
+				run := func(password, command string) spec {
+					args, env := c.args(w, keys, password, command)
+					return spec{args: args, env: append(slices.Clone(w.env), env...)}
+				}
+				if r := w.run(run("wrong", "echo in")); r.status == 0 || strings.Contains(r.out, "in\n") {
+					t.Errorf("with a wrong password: status %d, stdout %q, stderr %q", r.status, r.out, r.err)
+				}
+				first := w.start(run(secret, "echo begun; cat"))
+				first.expect("begun\n")
+				asked := tries.Load()
+				want(t, w.run(run("none is needed", "echo second")), 0, "second\n")
+				if tries.Load() != asked {
+					t.Errorf("the server was asked again")
+				}
+				first.echo("still here")
+				first.in.Close()
+				want(t, first.wait(patience), 0, "begun\nstill here\n")
 			})
 		})
 	}

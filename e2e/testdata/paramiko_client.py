@@ -27,7 +27,7 @@ channel.exec_command(remote)
 
 
 def feed():
-    while data := sys.stdin.buffer.read(32768):
+    while data := sys.stdin.buffer.read1(32768):
         channel.sendall(data)
     channel.shutdown_write()
 
@@ -35,7 +35,7 @@ def feed():
 def pump(read, to):
     while data := read(32768):
         to.buffer.write(data)
-    to.flush()
+        to.flush()
 
 
 threads = [
