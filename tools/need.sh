@@ -11,7 +11,7 @@ for need in "$@"; do
 	case $what in
 	python3.*) /usr/bin/python3 -W ignore -c "import ${what#python3.}" ;;
 	*.h) echo "#include <${what%.h}/$what>" | gcc -E - ;;
-	*.so) ! LD_PRELOAD=$what true 2>&1 | grep . ;;
+	*.so) ! LD_PRELOAD=$what sleep 0 2>&1 | grep . ;;
 	*) command -v "$what" ;;
 	esac >/dev/null 2>&1 || packages+=("${need#*:}")
 done

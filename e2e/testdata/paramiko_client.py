@@ -6,6 +6,7 @@ LOGIN is key:FILE or password:WORD. stdin, stdout, stderr
 and the exit status are the command's.
 """
 
+import os
 import sys
 import threading
 
@@ -38,8 +39,8 @@ def pump(read, to):
         to.flush()
 
 
+threading.Thread(target=feed, daemon=True).start()
 threads = [
-    threading.Thread(target=feed),
     threading.Thread(target=pump, args=(channel.recv, sys.stdout)),
     threading.Thread(target=pump, args=(channel.recv_stderr, sys.stderr)),
 ]
@@ -49,4 +50,4 @@ for t in threads:
     t.join()
 status = channel.recv_exit_status()
 client.close()
-sys.exit(status)
+os._exit(status)  # feed may still wait for stdin
