@@ -264,8 +264,8 @@ func TestAStoppedClientWithRequestsPendingHindersNobody(t *testing.T) {
 	})
 }
 
-// sshd asks for life on the first open channel. A stopped client that has an exit status waiting must not leave that
-// unanswered, or sshd ends the connection of all.
+// sshd asks for life on the first open channel, here one that a background job keeps open. A stopped client that has an
+// exit status waiting must not leave that unanswered, or sshd ends the connection of all.
 func TestAStoppedClientDoesNotCostTheOthersTheConnection(t *testing.T) {
 	if !muxproxyOnly(t) {
 		return
@@ -275,7 +275,7 @@ func TestAStoppedClientDoesNotCostTheOthersTheConnection(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t, m, func(s *setup) { s.sshd = []string{"ClientAliveInterval 1", "ClientAliveCountMax 3"} })
 			done := w.path("done")
-			stopped := w.sshStart("box", "echo in; sleep 2; head -c 1000000 /dev/zero; touch "+done+"; exit 3")
+			stopped := w.sshStart("box", "sleep 20 & echo in; sleep 2; head -c 1000000 /dev/zero; touch "+done+"; exit 3")
 			stopped.expect("in\n")
 			stopped.stop()
 			beside := w.sshStart("box", "echo in; cat")

@@ -74,7 +74,10 @@ in it, no secrets.`,
 func runMaster(ctx context.Context, a *app) error {
 	setUmask()
 	signal.Ignore(syscall.SIGHUP) // of the terminal that it may have been started on
-	log := zerolog.New(a.stderr).With().Timestamp().Logger()
+	log := zerolog.New(a.stderr).Level(zerolog.InfoLevel).With().Timestamp().Logger()
+	if a.getenv("MUXPROXY_DEBUG") == "1" {
+		log = log.Level(zerolog.DebugLevel)
+	}
 	notify := func(unset bool, state string) {
 		if _, err := daemon.SdNotify(unset, state); err != nil {
 			log.Warn().Err(err).Msg("can't tell whoever started this master how it goes")

@@ -311,7 +311,7 @@ func masterEnv(environ []string, getenv func(string) string) []string {
 	for _, pair := range environ {
 		name, _, _ := strings.Cut(pair, "=")
 		switch {
-		case name == "MUXPROXY_BYPASS":
+		case name == "MUXPROXY_BYPASS", name == bypassing:
 			continue
 		case slices.Contains(exact, name), strings.HasPrefix(name, "LC_"), strings.HasPrefix(name, "XDG_"),
 			strings.HasPrefix(name, "MUXPROXY_"):

@@ -97,19 +97,10 @@ func (k *link) run() {
 // await waits for done, on behalf of a client that has closed its channel. Once the client is gone altogether, the
 // server is given up when it takes nothing for flushTime.
 func (k *link) await(done <-chan struct{}) {
-	select {
-	case <-done:
-		return
-	case <-k.serverClosed:
-		return
-	case <-k.relay.cutting:
-		return
-	case <-k.relay.ctx.Done():
-	}
-	t := time.NewTicker(flushTime)
-	defer t.Stop()
-	for before := int64(-1); before != k.in.Load(); {
-		before = k.in.Load()
+	gone := k.relay.ctx.Done()
+	var tick <-chan time.Time // once the client is gone
+	before := int64(-1)
+	for {
 		select {
 		case <-done:
 			return
@@ -117,7 +108,17 @@ func (k *link) await(done <-chan struct{}) {
 			return
 		case <-k.relay.cutting:
 			return
-		case <-t.C:
+		case <-gone:
+			gone = nil
+			t := time.NewTicker(flushTime)
+			defer t.Stop()
+			tick = t.C
+		case <-tick:
+			now := k.in.Load()
+			if now == before {
+				return
+			}
+			before = now
 		}
 	}
 }

@@ -380,7 +380,7 @@ var sharingKey = []string{
 	"hostname", "port", "user", "proxyjump", "proxycommand", "proxyusefdpass",
 	"identityfile", "identitiesonly", "identityagent", "certificatefile", "pkcs11provider",
 	"hostkeyalias", "userknownhostsfile", "globalknownhostsfile", "knownhostscommand", "stricthostkeychecking",
-	"revokedhostkeys", "casignaturealgorithms", "requiredrsasize",
+	"revokedhostkeys", "nohostauthenticationforlocalhost", "casignaturealgorithms", "requiredrsasize",
 	"bindaddress", "bindinterface", "addressfamily",
 	"ciphers", "kexalgorithms", "macs", "hostkeyalgorithms",
 }

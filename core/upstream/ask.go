@@ -18,14 +18,14 @@ var errBatch = errors.New("BatchMode=yes forbids asking")
 
 // ask puts a question to the person. The caller keeps the guard's clock from running meanwhile.
 func (d *dialing) ask(ctx context.Context, q pool.Question) ([]string, error) {
-	if d.on("batchmode", false) {
-		return nil, errBatch
+	answers, err := []string(nil), pool.ErrNobody
+	if d.asker != nil {
+		answers, err = d.asker.Ask(ctx, q)
 	}
-	if d.asker == nil {
-		return nil, pool.ErrNobody
-	}
-	answers, err := d.asker.Ask(ctx, q)
-	if err != nil {
+	switch {
+	case errors.Is(err, pool.ErrNobody) && d.on("batchmode", false):
+		return nil, errBatch // others who wait for this login, without BatchMode, have not answered either
+	case err != nil:
 		return nil, err
 	}
 	if len(answers) != len(q.Prompts) {

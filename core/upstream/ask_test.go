@@ -3,6 +3,7 @@ package upstream
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -25,6 +26,7 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 
 	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/use"
 )
 
 // person answers by script, and is nobody when that is at its end.
@@ -143,17 +145,16 @@ func TestUnknownHost(t *testing.T) {
 		{name: "no", answers: []string{"No"}, asked: []string{authenticity}, fails: "host key ED25519 " + sum + " was not accepted"},
 		{name: "empty", answers: []string{""}, asked: []string{authenticity}, fails: "was not accepted"},
 		{name: "nobody", asked: []string{authenticity}, fails: "host key is unknown (ED25519 " + sum + "); check it, then add it with: MUXPROXY_BYPASS=1 ssh box"},
-		{name: "BatchMode", answers: []string{"yes"}, options: []string{"batchmode yes"}, fails: "BatchMode=yes forbids asking"},
+		{name: "BatchMode", options: []string{"batchmode yes"}, asked: []string{authenticity}, fails: "BatchMode=yes forbids asking"},
 		{name: "StrictHostKeyChecking yes", answers: []string{"yes"}, options: []string{"stricthostkeychecking true"}, fails: "StrictHostKeyChecking is yes"},
 		{name: "accept-new", options: []string{"stricthostkeychecking accept-new"}, learnt: regexp.QuoteMeta(name + " " + host.line())},
+		{name: "KnownHostsCommand", options: []string{"stricthostkeychecking accept-new", "knownhostscommand /x"}, fails: "KnownHostsCommand can't be asked"},
 		{name: "no checking", options: []string{"stricthostkeychecking false"}, learnt: regexp.QuoteMeta(name + " " + host.line())},
 		{name: "hashed", options: []string{"stricthostkeychecking accept-new", "hashknownhosts yes"},
 			learnt: `\|1\|[A-Za-z0-9+/]{27}=\|[A-Za-z0-9+/]{27}= ` + regexp.QuoteMeta(host.line())},
 		{name: "HostKeyAlias", options: []string{"stricthostkeychecking accept-new", "hostkeyalias Other"}, learnt: "other " + regexp.QuoteMeta(host.line())},
 		{name: "no newline at the end", before: "x", options: []string{"stricthostkeychecking accept-new"}, learnt: "\n" + regexp.QuoteMeta(name+" "+host.line())},
-		{name: "another type is known", before: name + " " + other.line(), answers: []string{"yes"},
-			asked:  []string{authenticity + "\nbut keys of different type are already known for this host.\nED25519 key"},
-			learnt: regexp.QuoteMeta(name + " " + host.line())},
+		{name: "another type is known", before: name + " " + other.line(), answers: []string{"yes"}, fails: "HOST KEY HAS CHANGED"},
 		{name: "other names", before: "a,b " + host.line() + knownhosts.HashHostname("c") + " " + host.line(), answers: []string{"no"},
 			asked: []string{authenticity + ".\nED25519 key fingerprint is " + sum + ".\nThis host key is known by the following other names/addresses:\n    FILE:1: a,b\n    FILE:2: [hashed name]|"},
 			fails: "was not accepted"},
@@ -274,7 +275,7 @@ func TestPassphrase(t *testing.T) {
 	useless := bad.file(t, dir, "useless", "secret")
 	pair := certified.file(t, dir, "pair", "secret")
 	write(t, dir, "pair-cert.pub", string(ssh.MarshalAuthorizedKey(ca.certify(t, certified.pub, ssh.UserCert, 0, me(t)))))
-	//nolint:staticcheck // the old format is what has no public half
+	//lint:ignore SA1019 ssh still reads keys in this format, so they have to be read here
 	block, err := x509.EncryptPEMBlock(rand.Reader, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(old), []byte("secret"), x509.PEMCipherAES128)
 	check(t, err)
 	oldFile := write(t, dir, "old", string(pem.EncodeToMemory(block)))
@@ -300,7 +301,7 @@ func TestPassphrase(t *testing.T) {
 			asked: []string{prompt(locked), prompt(oldFile)}, auth: fingerprint(oldSigner.PublicKey())},
 		{name: "nobody", options: []string{"identityfile " + locked}, asked: []string{prompt(locked)},
 			fails: []string{"needs a passphrase for " + locked + ", and nobody can be asked for it here; connect without sharing: MUXPROXY_BYPASS=1 ssh box"}},
-		{name: "BatchMode", options: []string{"identityfile " + locked, "batchmode yes"}, answers: []string{"secret"},
+		{name: "BatchMode", options: []string{"identityfile " + locked, "batchmode yes"}, asked: []string{prompt(locked)},
 			fails: []string{"needs a passphrase for " + locked + ", and BatchMode=yes forbids asking"}},
 		{name: "not asked for a key that the server does not take", options: []string{"identityfile " + useless, "identityfile " + locked},
 			answers: []string{"secret"}, asked: []string{prompt(locked)}, auth: fingerprint(good.pub)},
@@ -465,8 +466,8 @@ func TestQuestionsOfTheLogin(t *testing.T) {
 			options: []string{"numberofpasswordprompts 1"}, asked: []string{first}, fails: []string{"permission denied (password)"}},
 		{name: "password, nobody", server: &ssh.ServerConfig{PasswordCallback: takes("secret")}, asked: []string{first},
 			fails: []string{"needs a password, and nobody can be asked for it here; connect without sharing: MUXPROXY_BYPASS=1 ssh box"}},
-		{name: "password, BatchMode", server: &ssh.ServerConfig{PasswordCallback: takes("secret")}, answers: []string{"secret"},
-			options: []string{"batchmode yes"}, fails: []string{"needs a password, and BatchMode=yes forbids asking"}},
+		{name: "password, BatchMode", server: &ssh.ServerConfig{PasswordCallback: takes("secret")},
+			options: []string{"batchmode yes"}, asked: []string{first}, fails: []string{"needs a password, and BatchMode=yes forbids asking"}},
 		{name: "PasswordAuthentication no", server: &ssh.ServerConfig{PasswordCallback: takes("secret")}, answers: []string{"secret"},
 			options: []string{"passwordauthentication no"}, fails: []string{"permission denied (password); tried: no key"}},
 		{name: "two steps", server: &ssh.ServerConfig{KeyboardInteractiveCallback: challenges}, answers: []string{"secret", "42", "42"},
@@ -681,6 +682,62 @@ func TestSecurityKeyFile(t *testing.T) {
 	if securityKey([]byte("-----BEGIN OPENSSH PRIVATE KEY-----\n"+base64.StdEncoding.EncodeToString([]byte("openssh-key-v1\x00xx"))+"\n-----END OPENSSH PRIVATE KEY-----\n")) != nil {
 		t.Error("a broken file is a key")
 	}
+}
+
+func TestKeysAreWiped(t *testing.T) {
+	k := newKey(t, "ed25519")
+	dir := t.TempDir()
+	l := &login{dialing: newDialing(spec(t, 22, "identityfile "+k.file(t, dir, "a", ""), "identityfile "+k.file(t, dir, "b", "secret"))), ctx: t.Context()}
+	l.asker = answering("secret")
+	l.prepare()
+	var raw []ed25519.PrivateKey
+	for _, i := range l.loaded {
+		if _, err := i.private(); err != nil {
+			t.Fatal(err)
+		}
+		raw = append(raw, *i.raw.(*ed25519.PrivateKey))
+	}
+	l.end()
+	if len(raw) != 2 {
+		t.Fatalf("%d keys were loaded", len(raw))
+	}
+	for _, r := range raw {
+		if !bytes.Equal(r, make([]byte, len(r))) {
+			t.Error("a private key is left in memory")
+		}
+	}
+}
+
+// A server that never stops asking is left.
+func TestEndlessChallenges(t *testing.T) {
+	f := passwordServer(t, &ssh.ServerConfig{KeyboardInteractiveCallback: func(_ ssh.ConnMetadata, ask ssh.KeyboardInteractiveChallenge) (*ssh.Permissions, error) {
+		for {
+			if _, err := ask("", "Wait", nil, nil); err != nil {
+				return nil, err
+			}
+		}
+	}})
+	contains(t, dialError(t, spec(t, f.port, "stricthostkeychecking no")), "the server does not stop asking")
+}
+
+func FuzzSecurityKey(f *testing.F) {
+	f.Add([]byte("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEA\n-----END OPENSSH PRIVATE KEY-----\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if pub := securityKey(text); pub != nil && !strings.HasPrefix(pub.Type(), "sk-") {
+			t.Errorf("got %s", pub.Type())
+		}
+	})
+}
+
+func FuzzLines(f *testing.F) {
+	f.Add("a\r\nb\x1b\n\n\u202e")
+	f.Fuzz(func(t *testing.T, text string) {
+		for line := range strings.SplitSeq(lines(text), "\n") {
+			if use.Printable(line) != line {
+				t.Errorf("%q is not escaped", line)
+			}
+		}
+	})
 }
 
 // The dial ends while a question is open.

@@ -225,6 +225,8 @@ func TestLogin(t *testing.T) {
 		{name: "certificate beside the key", options: []string{"identityfile " + pair}, auth: "ED25519-CERT"},
 		{name: "CertificateFile with the agent's key", agent: []agent.AddedKey{{PrivateKey: certified.private}},
 			options: []string{"certificatefile " + certFile, "identitiesonly yes"}, auth: "ED25519-CERT", byAgent: true},
+		{name: "CertificateFile that the agent has", agent: []agent.AddedKey{{PrivateKey: certified.private, Certificate: cert}},
+			options: []string{"certificatefile " + certFile, "identitiesonly yes"}, auth: "ED25519-CERT", byAgent: true},
 		{name: "certificate in the agent", agent: []agent.AddedKey{{PrivateKey: certified.private, Certificate: cert}}, auth: "ED25519-CERT", byAgent: true},
 		{name: "no certificate", options: []string{"identityfile " + alone}, fails: []string{"tried: " + dir + "/alone"}},
 

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -26,7 +25,6 @@ type hostKeys struct {
 	known   []knownKey
 	withOut []knownKey // about the host without its port: ssh takes those for a host it does not know with its port
 	revoked []ssh.PublicKey
-	chosen  bool     // HostKeyAlgorithms is the user's own
 	user    []string // the user's files; the first takes new keys
 	global  []string
 }
@@ -42,7 +40,7 @@ const (
 
 // hostKeys reads the files. A file that can't be read counts as empty, as in ssh: its hosts are unknown then.
 func (d *dialing) hostKeys() (*hostKeys, error) {
-	h := &hostKeys{d: d, chosen: d.spec.Config.IsSet("hostkeyalgorithms")}
+	h := &hostKeys{d: d}
 	switch strings.ToLower(d.option("stricthostkeychecking")) {
 	case "yes", "true":
 		h.strict = strictYes
@@ -83,11 +81,11 @@ func (d *dialing) hostKeys() (*hostKeys, error) {
 	return h, nil
 }
 
-// hostFiles are the known_hosts files that a keyword names. The master's own is not among them: what that vouches for is
-// the master.
+// hostFiles are the known_hosts files that a keyword names. The master's own, which sshconfig leaves out of the answer,
+// would do no harm: it vouches for keys that only a master has.
 func (d *dialing) hostFiles(keyword string) []string {
 	return slices.DeleteFunc(slices.Clone(d.spec.Config.All(keyword)), func(file string) bool {
-		return file == "" || strings.EqualFold(file, "none") || strings.HasSuffix(filepath.ToSlash(file), "/muxproxy/known_hosts")
+		return file == "" || strings.EqualFold(file, "none")
 	})
 }
 
@@ -168,7 +166,6 @@ type judgement struct {
 	cert   bool      // known is an authority's
 	port   bool      // known is about the host without its port
 	exempt bool      // nothing vouches for it, and nothing has to
-	others bool      // it is unknown, but keys of other types are known
 }
 
 func (j judgement) unknown() bool { return j.err == nil && j.known == nil && !j.exempt }
@@ -217,16 +214,15 @@ func (h *hostKeys) judge(key ssh.PublicKey, remote string) judgement {
 		}
 	}
 
+	// As in ssh (check_hostkeys_by_key_or_type of hostfile.c), another key is a changed one whatever its type: a man in
+	// the middle would only have to show another type.
 	var changed *knownKey
-	others := false
 	for i, k := range h.known {
 		switch {
 		case k.marker != noMarker:
 		case sameKey(k.key, plain):
 			return judgement{known: &h.known[i]}
-		case k.key.Type() != plain.Type():
-			others = true
-		case changed == nil:
+		case changed == nil, changed.key.Type() != plain.Type() && k.key.Type() == plain.Type():
 			changed = &h.known[i]
 		}
 	}
@@ -245,18 +241,14 @@ func (h *hostKeys) judge(key ssh.PublicKey, remote string) judgement {
 			return judgement{known: &h.withOut[i], port: true}
 		}
 	}
-	return judgement{others: others}
+	return judgement{}
 }
 
 // refuseUnknown is the line for a key that is unknown; why says why the person was not asked.
-func (h *hostKeys) refuseUnknown(plain ssh.PublicKey, others bool, why string) error {
-	switch {
-	case h.d.option("knownhostscommand") != "":
+func (h *hostKeys) refuseUnknown(plain ssh.PublicKey, why string) error {
+	if h.d.option("knownhostscommand") != "" {
 		return fmt.Errorf("host key is unknown (%s), and KnownHostsCommand can't be asked; connect without sharing: %s",
 			fingerprint(plain), h.d.bypass)
-	case others:
-		return fmt.Errorf("host key is unknown (%s), though keys of other types are known%s; check it, then add it with: %s",
-			fingerprint(plain), why, h.d.bypass)
 	}
 	return fmt.Errorf("host key is unknown (%s)%s; check it, then add it with: %s", fingerprint(plain), why, h.d.bypass)
 }
@@ -294,16 +286,16 @@ func (h *hostKeys) accept(ctx context.Context, key ssh.PublicKey, remote string)
 	asked := false
 	switch {
 	case h.strict == strictYes:
-		return trust{}, h.refuseUnknown(plain, j.others, ", and StrictHostKeyChecking is yes")
-	case h.strict == strictAsk && d.option("knownhostscommand") != "":
-		return trust{}, h.refuseUnknown(plain, j.others, "") // what that would have said is not ours to guess
+		return trust{}, h.refuseUnknown(plain, ", and StrictHostKeyChecking is yes")
+	case d.option("knownhostscommand") != "":
+		return trust{}, h.refuseUnknown(plain, "") // what that would have said is not ours to guess
 	case h.strict == strictAsk:
-		yes, err := h.ask(ctx, plain, remote, j.others)
+		yes, err := h.ask(ctx, plain, remote)
 		switch {
 		case errors.Is(err, pool.ErrNobody):
-			return trust{}, h.refuseUnknown(plain, j.others, "")
+			return trust{}, h.refuseUnknown(plain, "")
 		case err != nil:
-			return trust{}, h.refuseUnknown(plain, j.others, ", and "+unasked(err))
+			return trust{}, h.refuseUnknown(plain, ", and "+unasked(err))
 		}
 		if !yes {
 			return trust{}, fmt.Errorf("host key %s was not accepted", fingerprint(plain))
@@ -315,18 +307,13 @@ func (h *hostKeys) accept(ctx context.Context, key ssh.PublicKey, remote string)
 }
 
 // ask puts ssh's question about an unknown key (check_host_key of sshconnect.c), again until the answer is one.
-func (h *hostKeys) ask(ctx context.Context, plain ssh.PublicKey, remote string, others bool) (bool, error) {
+func (h *hostKeys) ask(ctx context.Context, plain ssh.PublicKey, remote string) (bool, error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "The authenticity of host '%s", use.Printable(h.name))
 	if remote != "" {
 		fmt.Fprintf(&b, " (%s)", use.Printable(remote))
 	}
-	b.WriteString("' can't be established")
-	if others {
-		b.WriteString("\nbut keys of different type are already known for this host.")
-	} else {
-		b.WriteString(".")
-	}
+	b.WriteString("' can't be established.")
 	sum := ssh.FingerprintSHA256(plain)
 	fmt.Fprintf(&b, "\n%s key fingerprint is %s.\n%s", keyName(plain), sum, h.otherNames(plain))
 	text, prompt := b.String(), "Are you sure you want to continue connecting (yes/no/[fingerprint])? "
@@ -455,5 +442,5 @@ func stillGood(spec pool.Spec, info pool.ServerInfo, accepted bool) error {
 	case !j.unknown(), h.strict == strictNo, h.strict == strictNew, h.strict == strictAsk && accepted:
 		return nil
 	}
-	return d.errorf("%s", h.refuseUnknown(plainKey(info.HostKey), j.others, "").Error())
+	return d.errorf("%s", h.refuseUnknown(plainKey(info.HostKey), "").Error())
 }

@@ -112,6 +112,7 @@ func (l *login) certificate(path string, wanted bool) *identity {
 // there is nothing to use or to look for in the agent; what a person should know is noted.
 func (l *login) keyFile(path string) *identity {
 	id := &identity{login: l, label: shortPath(path), path: path}
+	l.loaded = append(l.loaded, id)
 	text, err := readKeyFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		l.debugf("identity file %s does not exist", path)
@@ -217,9 +218,6 @@ func (i *identity) wipe() {
 		clear(raw)
 	}
 	i.raw, i.signer = nil, nil
-	if i.base != nil {
-		i.base.wipe()
-	}
 }
 
 // addToAgent does what AddKeysToAgent says with a key from a file, once. Failing to is no reason not to log in.

@@ -25,6 +25,7 @@ type login struct {
 	started    bool
 	shown      bool // the algorithms were told
 	identities []*identity
+	loaded     []*identity // from files
 	agentConn  net.Conn
 	agent      agent.ExtendedAgent // on agentConn
 	stopWatch  func() bool         // on ctx, for the agent
@@ -39,6 +40,7 @@ type login struct {
 	passwordDone bool
 	challenges   int  // keyboard-interactive attempts
 	challenged   bool // the server has asked something
+	asked        int  // how often
 	challengeOff bool
 
 	keys   []string // labels of those that were offered
@@ -153,10 +155,10 @@ func (l *login) end() {
 	if l.agentConn != nil {
 		l.agentConn.Close()
 	}
-	for _, i := range l.identities {
+	for _, i := range l.loaded {
 		i.wipe()
 	}
-	l.identities, l.signed = nil, nil // x/crypto/ssh holds on to its configuration, and so to us
+	l.identities, l.loaded, l.signed = nil, nil, nil // x/crypto/ssh holds on to its configuration, and so to us
 }
 
 // negotiated tells the algorithms, once.
@@ -315,6 +317,11 @@ func (l *login) challenge(name, instruction string, questions []string, echos []
 			text = append(text, t)
 		}
 	}
+	if l.asked++; l.asked > maxChallenges {
+		l.challengeOff = true
+		l.note("the server does not stop asking")
+		return nil, errSpent
+	}
 	if len(questions) == 0 { // nothing to answer: something to read
 		for _, t := range text {
 			for line := range strings.SplitSeq(t, "\n") {
@@ -348,8 +355,10 @@ func (l *login) challenge(name, instruction string, questions []string, echos []
 	return answers, nil
 }
 
-// maxPrompts is how many prompts one question may have.
-const maxPrompts = 16
+const (
+	maxPrompts    = 16 // of one question
+	maxChallenges = 64 // of one login, those with nothing to answer included
+)
 
 // needs notes what a person would have been asked for.
 func (l *login) needs(what string, err error) {
@@ -458,8 +467,12 @@ func (l *login) prepare() {
 			continue
 		}
 		for _, a := range held {
-			if sameKey(cert.Key, a.pub) {
-				c.signer, c.agent = certSigner(cert, a.signer), true
+			switch {
+			case sameKey(cert, a.pub):
+				c.signer, c.agent = a.signer, true
+			case c.signer == nil && sameKey(cert.Key, a.pub):
+				c.signer = certSigner(cert, a.signer)
+				c.agent = c.signer != nil
 			}
 		}
 		for _, f := range files {

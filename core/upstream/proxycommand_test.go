@@ -19,6 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+func init() { asProxy = proxyHelper }
+
 // proxyHelper is the test binary as a ProxyCommand. Its argument is the address; it says its pid first.
 func proxyHelper(mode string) {
 	fmt.Fprintf(os.Stderr, "pid %d\n", os.Getpid())

@@ -158,22 +158,16 @@ func (u *updater) decide(c *conn, offered []ssh.PublicKey) string {
 	}
 	for i, file := range u.files {
 		keep := offered
-		if i > 0 { // new ones go to the first file, but none that is right leaves another
+		if i > 0 { // all of them are in the first file now, as ssh has it
 			keep = nil
-			text, err := readHostFile(file)
-			if err != nil {
-				continue
-			}
-			for _, k := range parseKnownHosts(file, text, u.name) {
-				if slices.ContainsFunc(offered, func(o ssh.PublicKey) bool { return sameKey(o, k.key) }) {
-					keep = append(keep, k.key)
-				}
-			}
 		}
 		changed, err := replaceHost(file, u.name, keep, u.hash)
 		switch {
 		case err != nil:
 			u.log.Warn().Str("file", file).Err(err).Msg("known_hosts can't be updated")
+			if i == 0 { // then the others' lines are still needed
+				return "the first known_hosts file can't be updated"
+			}
 		case changed:
 			u.log.Info().Str("file", file).Str("name", use.Printable(u.name)).Int("learnt", len(fresh)).Int("retired", len(old)).
 				Msg("known_hosts updated with the server's host keys")

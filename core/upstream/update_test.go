@@ -53,7 +53,7 @@ func TestUpdateHostKeys(t *testing.T) {
 		{name: "HostKeyAlias", before: line("alias", ed), options: []string{"hostkeyalias alias"}, want: line("alias", ed) + line("alias", r) + line("alias", ec)},
 		{name: "HostKeyAlgorithms", before: line(name, ed), options: []string{"hostkeyalgorithms ssh-ed25519,rsa-sha2-512"}, want: line(name, ed) + line(name, r)},
 		{name: "accepted by a person", before: rest, answers: []string{"yes"}, want: rest + all},
-		{name: "two files", before: rest, second: line(name, ed), want: rest + line(name, r) + line(name, ec) + line(name, ed)},
+		{name: "two files", before: rest, second: "# second\n" + line(name, ed) + line(name, gone), want: rest + line(name, r) + line(name, ec) + line(name, ed)},
 
 		{name: "no", before: line(name, ed), options: []string{"updatehostkeys false"}},
 		{name: "ask", before: line(name, ed), options: []string{"updatehostkeys ask"}},
@@ -88,6 +88,11 @@ func TestUpdateHostKeys(t *testing.T) {
 			want := tc.want
 			if want == "" {
 				want = tc.before
+			}
+			if tc.second != "" { // ssh moves what is right to the first file
+				if text, err := os.ReadFile(filepath.Join(dir, "second")); err != nil || string(text) != "# second\n" {
+					t.Errorf("the second file has %q, %v", text, err)
+				}
 			}
 			if strings.Contains(want, "HASHED") {
 				for line := range strings.Lines(string(text)) {
@@ -251,4 +256,17 @@ func TestUpdateHostKeysNeverProved(t *testing.T) {
 	ch.Close()
 	c.Close()
 	check(t, c.Wait())
+}
+
+func FuzzServerKeys(f *testing.F) {
+	k := newKey(f, "ed25519")
+	f.Add(ssh.Marshal(struct{ B []byte }{k.pub.Marshal()}))
+	f.Add([]byte("\x00\x00\x00\x06future"))
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		u := &updater{allowed: preferredHostKeys}
+		keys, why := u.parse(payload)
+		if (why == "") != (len(keys) > 0) || len(keys) > maxServerKeys {
+			t.Errorf("%d keys, %q", len(keys), why)
+		}
+	})
 }

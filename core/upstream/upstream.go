@@ -210,12 +210,10 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 	var hostKey ssh.PublicKey
 	var trusted trust
 	var hostKeyErr error
+	// Behind a proxy the host has no address that we know; that of the proxy says nothing.
 	remote := ""
-	if a := t.RemoteAddr(); a != nil {
+	if a := t.RemoteAddr(); a != nil && d.spec.Transport == nil && d.option("proxycommand") == "" {
 		remote = a.String()
-	}
-	if _, proxied := t.Conn.(*proxyConn); proxied {
-		remote = "" // there is no address
 	}
 	config.HostKeyCallback = func(_ string, _ net.Addr, key ssh.PublicKey) error {
 		if hostKey != nil { // a later key exchange: x/crypto has checked the signature
@@ -275,7 +273,11 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 		info.Kex, info.Cipher = a.KeyExchange, a.Write.Cipher
 		info.PostQuantum = postQuantum(a.KeyExchange)
 	}
-	d.debugf("Authenticated to %s (%s) using %q.", d.spec.Target.Host, remote, login.method)
+	via := remote
+	if via == "" {
+		via = "via proxy"
+	}
+	d.debugf("Authenticated to %s (%s) using %q.", d.spec.Target.Host, via, login.method)
 	interval := time.Duration(d.number("serveraliveinterval", 0)) * time.Second
 	if interval == 0 {
 		interval = defaultAliveInterval
