@@ -53,7 +53,8 @@ type bridge struct {
 	args   sshconfig.Args
 	// gone is done when ssh has ended, or has been interrupted together with this process.
 	gone   context.Context
-	parent int // pid of ssh, or of a shell between
+	ssh    bool // it is ssh that started this
+	parent int  // pid of ssh, or of a shell between
 }
 
 // Run is the program: args are those of the command line without its name. It returns the exit status, and closes no
@@ -89,6 +90,7 @@ func Run(args []string, std Std, getenv func(string) string) int {
 			b.args = a
 		}
 		unknown = err
+		b.ssh = true
 	}
 	if b.target.Alias == "" {
 		b.target.Alias = b.args.Host()
@@ -252,6 +254,10 @@ func (b *bridge) stream(w *wire.Conn, mode wire.Mode, dirs paths.Dirs) int {
 		}
 		if n.Authenticated && !authenticated {
 			authenticated = true
+			if !b.ssh {
+				// asyncssh reads this end of it as well, and takes its end for the connection's.
+				continue
+			}
 			// After ssh -f this process would hold whatever the caller reads ssh's errors from.
 			if err := letGo(b.std.Err); err != nil {
 				return b.fail(err)

@@ -247,6 +247,11 @@ func (c *client) servePipes(spec pool.Spec, stream *pipes) {
 // serveSocket serves a client whose socket becomes the stream. So the hello is answered when the transport to the host
 // is up, or has failed: later the person can only be told by banner.
 func (c *client) serveSocket(spec pool.Spec, nc *net.UnixConn) {
+	if err := local.Check(spec.Config.Get("hostkeyalgorithms")); err != nil {
+		c.log.Info().Err(err).Msg("client not let in")
+		c.answer(wire.Failed, err.Error())
+		return
+	}
 	stop := onHangup(nc, func() { c.cancel(errors.New("the client has left")) })
 	connected := make(chan struct{})
 	spec.Connected = sync.OnceFunc(func() { close(connected) })
