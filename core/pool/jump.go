@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strconv"
 	"strings"
@@ -97,6 +98,9 @@ func (c *jumpConn) Write(b []byte) (int, error) {
 func (c *jumpConn) Read(b []byte) (int, error) {
 	n, err := c.Channel.Read(b)
 	c.lease.Count(0, int64(n))
+	if err == io.EOF && c.lease.Down() {
+		err = io.ErrUnexpectedEOF // the jump host's end is not the target's
+	}
 	return n, err
 }
 

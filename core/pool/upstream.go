@@ -307,6 +307,9 @@ func (l *Lease) Lost() <-chan struct{} { return l.up.dead }
 // Down tells that the upstream's transport has failed: an EOF on one of its channels may be because of that.
 func (l *Lease) Down() bool { return l.up.conn.Down() }
 
+// PeerClosed tells that the server ended the connection in order, after all that it had sent.
+func (l *Lease) PeerClosed() bool { return l.up.conn.PeerClosed() }
+
 // Reason is a person's line about why the upstream has ended; nil before Lost.
 func (l *Lease) Reason() error {
 	l.up.pool.mu.Lock()

@@ -36,6 +36,8 @@ type transport struct {
 	last atomic.Int64 // when the last of them came, in Unix nanoseconds: a wall clock goes on while the machine sleeps
 	down atomic.Bool
 
+	peerClosed atomic.Bool // the stream ended in order; set before down
+
 	waiting atomic.Bool // somebody waits for heard
 	ready   atomic.Bool // the handshake is over
 
@@ -72,6 +74,9 @@ func (t *transport) Read(p []byte) (int, error) {
 		}
 	}
 	if err != nil {
+		if err == io.EOF {
+			t.peerClosed.Store(true)
+		}
 		t.fail(readText(err))
 	}
 	return n, err
@@ -361,6 +366,9 @@ func endText(err error) string {
 	}
 	return "protocol error: " + use.Printable(strings.TrimPrefix(err.Error(), "ssh: "))
 }
+
+// PeerClosed implements pool.Conn.
+func (c *conn) PeerClosed() bool { return c.t.peerClosed.Load() }
 
 func (c *conn) Channels() <-chan ssh.NewChannel { return c.channels }
 func (c *conn) Requests() <-chan *ssh.Request   { return c.requests }
