@@ -323,7 +323,7 @@ func (w *world) ansible(env ...string) result {
 	return w.start(spec{
 		args: []string{"ansible", "all", "-i", w.write("hosts", inventory.String()), "-f", fmt.Sprint(hosts), "-o",
 			"-m", "command", "-a", "id -u"},
-		env:  append(slices.Clone(w.env), env...), null: true,
+		env: append(slices.Clone(w.env), env...), null: true,
 	}).wait(6 * patience)
 }
 
