@@ -321,8 +321,9 @@ func (w *world) ansible(env ...string) result {
 		"ANSIBLE_SSH_USETTY=no",
 	)
 	return w.start(spec{
-		args: []string{"ansible", "all", "-i", w.write("hosts", inventory.String()), "-f", fmt.Sprint(hosts), "-o", "-m", "command", "-a", "id -u"},
-		env:  append(slices.Clone(w.env), env...), null: true,
+		args: []string{"ansible", "all", "-i", w.write("hosts", inventory.String()), "-f", fmt.Sprint(hosts), "-o",
+			"-m", "command", "-a", "id -u"},
+		env: append(slices.Clone(w.env), env...), null: true,
 	}).wait(6 * patience)
 }
 
