@@ -57,7 +57,7 @@ func (c *fakeConn) Requests() <-chan *ssh.Request   { return c.requests }
 func (c *fakeConn) Server() ServerInfo              { return ServerInfo{AgentID: c.agent} }
 func (c *fakeConn) Probe(context.Context) error     { return nil }
 func (c *fakeConn) LastHeard() time.Time            { return time.Now() }
-func (c *fakeConn) PeerClosed() bool                { return false }
+func (c *fakeConn) Over() time.Time                 { return time.Time{} }
 func (c *fakeConn) Cause() error                    { <-c.ended; return c.cause }
 func (c *fakeConn) Down() bool {
 	select {

@@ -157,12 +157,12 @@ const (
 // connection or channel that sends them. The returned channel must be drained.
 func Queue(in <-chan *ssh.Request, overflow func()) <-chan *ssh.Request {
 	out := make(chan *ssh.Request)
-	go queue(in, out, nil, overflow)
+	go queue(in, out, nil, func() {}, overflow)
 	return out
 }
 
-// queue is Queue; mine may keep a request for itself, and must not block.
-func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, mine func(*ssh.Request) bool, overflow func()) {
+// queue is Queue; mine may keep a request for itself, and must not block; closed is called when in is closed.
+func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, mine func(*ssh.Request) bool, closed, overflow func()) {
 	defer close(out)
 	var waiting []*ssh.Request
 	size := 0 // bytes of payload in waiting
@@ -177,6 +177,7 @@ func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, mine func(*ssh.Reque
 		case r, ok := <-in:
 			switch {
 			case !ok:
+				closed()
 				in = nil
 			case mine != nil && mine(r):
 			case len(waiting) < maxQueued && size+len(r.Payload) <= maxQueuedBytes && !over:
@@ -307,9 +308,6 @@ func (l *Lease) Lost() <-chan struct{} { return l.up.dead }
 // Down tells that the upstream's transport has failed: an EOF on one of its channels may be because of that.
 func (l *Lease) Down() bool { return l.up.conn.Down() }
 
-// PeerClosed tells that the server ended the connection in order, after all that it had sent.
-func (l *Lease) PeerClosed() bool { return l.up.conn.PeerClosed() }
-
 // Reason is a person's line about why the upstream has ended; nil before Lost.
 func (l *Lease) Reason() error {
 	l.up.pool.mu.Lock()
@@ -429,9 +427,9 @@ func (l *Lease) Go(f func()) { l.up.pool.wg.Go(f) }
 // Discard refuses what still comes on a channel's requests, until that closes.
 func (l *Lease) Discard(reqs <-chan *ssh.Request) { l.Go(func() { discard(reqs) }) }
 
-// Adopt makes a channel that the server opened count as one of the upstream's. It returns the channel's requests,
-// which must be drained.
-func (l *Lease) Adopt(ch ssh.Channel, reqs <-chan *ssh.Request) <-chan *ssh.Request {
+// Adopt makes a channel that the server opened count as one of the upstream's. The requests that it returns must be
+// drained.
+func (l *Lease) Adopt(ch ssh.Channel, reqs <-chan *ssh.Request) (ssh.Channel, <-chan *ssh.Request) {
 	return l.queue(ch, reqs)
 }
 
@@ -448,7 +446,7 @@ func (l *Lease) open(ctx context.Context, kind string, extra []byte) (ssh.Channe
 	go func() {
 		ch, reqs, err := u.conn.OpenChannel(kind, extra)
 		if err == nil {
-			reqs = l.queue(ch, reqs)
+			ch, reqs = l.queue(ch, reqs)
 		}
 		select {
 		case done <- result{ch, reqs, err}:
@@ -473,10 +471,11 @@ func (l *Lease) open(ctx context.Context, kind string, extra []byte) (ssh.Channe
 
 // queue keeps the channel in the upstream's count until the server has closed it too, and its requests from blocking
 // the connection.
-func (l *Lease) queue(ch ssh.Channel, in <-chan *ssh.Request) <-chan *ssh.Request {
+func (l *Lease) queue(ch ssh.Channel, in <-chan *ssh.Request) (ssh.Channel, <-chan *ssh.Request) {
 	u := l.up
 	u.channels.Add(1)
 	out := make(chan *ssh.Request)
+	c := &channel{Channel: ch, conn: u.conn}
 	mine := func(r *ssh.Request) bool {
 		if r.Type != "keepalive@openssh.com" {
 			return false
@@ -495,9 +494,39 @@ func (l *Lease) queue(ch ssh.Channel, in <-chan *ssh.Request) <-chan *ssh.Reques
 	}
 	u.pool.wg.Go(func() {
 		defer u.channels.Add(-1)
-		queue(in, out, mine, overflow)
+		queue(in, out, mine, func() { c.closed.Store(time.Now().UnixNano()) }, overflow)
 	})
-	return out
+	return c, out
+}
+
+// channel is a channel of an upstream that knows how it ended.
+type channel struct {
+	ssh.Channel
+	conn   Conn
+	closed atomic.Int64 // when the server's CLOSE came, or the connection ended, in Unix nanoseconds
+}
+
+// overGrace is how long after it has ended all channels x/crypto may take to close its connection, for an end that did not
+// come from the transport (a DISCONNECT, a protocol error).
+const overGrace = 10 * time.Millisecond
+
+// closedInOrder tells whether the server has closed the channel itself. It may take overGrace.
+func (c *channel) closedInOrder() bool {
+	closed := c.closed.Load()
+	if closed == 0 {
+		return false
+	}
+	end := time.Unix(0, closed).Add(overGrace)
+	time.Sleep(time.Until(end))
+	over := c.conn.Over()
+	return over.IsZero() || over.After(end)
+}
+
+// ClosedInOrder tells whether the server has closed a channel of Session, Open or Adopt itself, so that all that it had
+// to send was sent, rather than the connection's end. It may take 10 ms.
+func ClosedInOrder(ch ssh.Channel) bool {
+	c, ok := ch.(*channel)
+	return ok && c.closedInOrder()
 }
 
 // discard refuses requests until their channel closes.

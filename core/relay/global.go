@@ -293,7 +293,7 @@ func (r *Relay) forwarded(u use.Use, nc ssh.NewChannel) {
 		}
 		return
 	}
-	serverReqs = r.lease.Adopt(server, serverReqs)
+	server, serverReqs = r.lease.Adopt(server, serverReqs)
 	k := r.newLink(u, nil, client, r.queue(clientReqs), server, serverReqs)
 	if !r.spawn(k.run) {
 		r.abandon(server, serverReqs)

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -37,6 +38,7 @@ type link struct {
 	serverClosed chan struct{} // the upstream has closed its side, or is gone, and its requests have been passed on
 	ended        chan struct{} // an exit status or signal has been passed on
 	stderrDone   chan struct{} // all of stderr has been passed on
+	over         chan struct{} // run has returned
 
 	status atomic.Pointer[use.Result] // how the program ended, set before ended is closed
 }
@@ -47,7 +49,7 @@ func (r *Relay) newLink(u use.Use, turn turn, client ssh.Channel, clientReqs <-c
 	k := &link{
 		relay: r, use: u, client: client, clientReqs: clientReqs, server: server, serverReqs: serverReqs,
 		since: time.Now(), turn: turn, clientClosed: make(chan struct{}), serverClosed: make(chan struct{}),
-		ended: make(chan struct{}), stderrDone: make(chan struct{}),
+		ended: make(chan struct{}), stderrDone: make(chan struct{}), over: make(chan struct{}),
 	}
 	r.mu.Lock()
 	r.links[k] = struct{}{}
@@ -65,6 +67,7 @@ func (k *link) run() {
 		k.relay.mu.Lock()
 		delete(k.relay.links, k)
 		k.relay.mu.Unlock()
+		close(k.over)
 	}()
 	upDone := make(chan struct{})
 	downDone := make(chan struct{})
@@ -160,37 +163,28 @@ func (k *link) copyDown() {
 	k.turn.closeWrite(k.client)
 }
 
-// serverLives tells the server's own EOF or CLOSE from the end of the connection in mid-session.
+// serverLives tells the server's own EOF or CLOSE from the end of the connection in mid-session. A server that serves one
+// session only closes the connection right after the channel: what it sent before counts.
 func (k *link) serverLives() bool {
-	if k.relay.lease.Down() {
-		return k.complete()
+	if !k.relay.lease.Down() {
+		select {
+		case <-k.ended:
+			return true
+		default:
+		}
+		t := time.NewTimer(eofGrace)
+		defer t.Stop()
+		select {
+		case <-k.ended:
+			return true
+		case <-k.relay.lease.Lost():
+		case <-t.C:
+			if !k.relay.lease.Down() {
+				return true
+			}
+		}
 	}
-	select {
-	case <-k.ended:
-		return true
-	default:
-	}
-	t := time.NewTimer(eofGrace)
-	defer t.Stop()
-	select {
-	case <-k.ended:
-		return true
-	case <-k.relay.lease.Lost():
-		return k.complete()
-	case <-t.C:
-		return !k.relay.lease.Down() || k.complete()
-	}
-}
-
-// complete tells whether the session was over before the connection: a server that serves one session only (tinysshd)
-// says how it ended, and closes the connection in order.
-func (k *link) complete() bool {
-	select {
-	case <-k.ended:
-		return k.relay.lease.PeerClosed()
-	default:
-		return false
-	}
+	return pool.ClosedInOrder(k.server)
 }
 
 // copy moves data until src ends; nil means that it ended by EOF.
@@ -210,10 +204,11 @@ func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) 
 				k.relay.lease.Count(0, int64(n))
 			}
 		}
-		if errors.Is(err, io.EOF) {
+		switch {
+		case n > 0: // an error beside data is that of a window adjustment; there may be more
+		case errors.Is(err, io.EOF):
 			return nil
-		}
-		if err != nil {
+		case err != nil:
 			return err
 		}
 	}

@@ -62,6 +62,7 @@ type Relay struct {
 	cutOnce sync.Once
 
 	noMoreSessions atomic.Bool
+	hadSession     atomic.Bool  // one has started
 	opening        atomic.Int64 // channels of the client between its open and our answer
 
 	globals globals
@@ -314,6 +315,32 @@ func (r *Relay) watchUpstream() {
 	case <-r.ctx.Done():
 		return
 	case <-r.lease.Lost():
+	}
+	// Channels that the server had closed before still get to their end.
+	inOrder := true
+	for _, k := range r.snapshot() {
+		if !pool.ClosedInOrder(k.server) {
+			inOrder = false
+			continue
+		}
+		select {
+		case <-k.over:
+		case <-r.cutting:
+		case <-r.ctx.Done():
+			return
+		}
+	}
+	if inOrder && r.hadSession.Load() {
+		// An ssh whose session is over leaves by itself. Cut before, it fails at its next write, and forgets what it has
+		// not read yet.
+		t := time.NewTimer(flushTime)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-r.cutting:
+		case <-r.ctx.Done():
+			return
+		}
 	}
 	r.Cut(r.lease.Reason())
 }

@@ -212,32 +212,35 @@ func TestADeadUpstreamIsNoEOF(t *testing.T) {
 	}
 }
 
-// A server that serves one session says how it ended, and closes the connection: that is no cut. Without a status it is.
+// A server that serves one session closes it, and then the connection: that is no cut, however much the client has still
+// to read. Without a CLOSE it is.
 func TestAServerThatLeavesAfterItsSession(t *testing.T) {
-	for _, ended := range []bool{true, false} {
+	for _, closed := range []bool{true, false} {
 		w := newWorld(t)
 		c := w.connect(true)
 		near, far := w.session(c, "x")
 		w.noMore(c)
-		stdout, stderr := readAll(near.ch), readAll(near.ch.Stderr())
-		io.WriteString(far.ch, "all of it")
-		if ended {
+		all := strings.Repeat("all of it", 100_000)
+		io.WriteString(far.ch, all)
+		if closed {
 			far.ch.SendRequest("exit-status", false, ssh.Marshal(statusMsg{5}))
-			far.ch.CloseWrite()
+			far.ch.Close()
 		}
 		w.tcp.(*net.TCPConn).CloseWrite()
-		if got := take(t, "stdout", stdout); got != "all of it" {
-			t.Errorf("stdout %q", got)
+		nothing(t, "the end of the client before it has read", c.ran)
+		stdout, stderr := readAll(near.ch), readAll(near.ch.Stderr())
+		if got := take(t, "stdout", stdout); closed && got != all {
+			t.Errorf("%d bytes of stdout", len(got))
 		}
-		if line := take(t, "stderr", stderr); (line == "") != ended {
-			t.Errorf("ended %v: stderr %q", ended, line)
+		if line := take(t, "stderr", stderr); (line == "") != closed {
+			t.Errorf("closed %v: stderr %q", closed, line)
 		}
 		status := false
 		for q := range near.reqs {
 			status = status || q.Type == "exit-status"
 		}
-		if status != ended {
-			t.Errorf("status %v, want %v", status, ended)
+		if status != closed {
+			t.Errorf("status %v, want %v", status, closed)
 		}
 		within(t, "relay", c.ran)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -42,16 +43,15 @@ func (r *Relay) session(nc ssh.NewChannel, earlier <-chan struct{}) {
 		r.cut("too many sessions")
 	}
 	s := &session{
-		relay: r, client: client, reqs: r.queue(reqs), earlier: earlier, since: time.Now(), turn: newTurn(), over: make(chan struct{}),
+		relay: r, client: client, reqs: r.queue(reqs), earlier: earlier, since: time.Now(), turn: newTurn(),
 	}
 	r.mu.Lock()
 	r.sessions[s] = struct{}{}
 	r.mu.Unlock()
 	s.serve()
-	if k := s.link.Load(); !r.lease.Down() || k != nil && k.complete() {
+	if !r.lease.Down() || s.link.Load() != nil && pool.ClosedInOrder(s.server) {
 		client.Close()
 	} // else the client is about to be cut, and must not take that for a session's end
-	close(s.over)
 	for q := range s.reqs {
 		_ = q.Reply(false, nil)
 	}
@@ -68,7 +68,6 @@ type session struct {
 	earlier <-chan struct{}
 	since   time.Time
 	turn    turn
-	over    chan struct{} // closed when the client has got all that it will get
 
 	held       []*ssh.Request
 	server     ssh.Channel // nil until taken
@@ -136,6 +135,7 @@ func (s *session) start(kind use.Kind, q *ssh.Request) {
 	}
 	ok, err := r.ask(s.server, q.Type, q.WantReply, q.Payload)
 	_ = q.Reply(ok && err == nil, nil)
+	r.hadSession.Store(true)
 	k := r.newLink(u, s.turn, s.client, s.reqs, s.server, s.serverReqs)
 	s.link.Store(k)
 	k.run()
@@ -203,8 +203,7 @@ func (s *session) say(line string) {
 	_, _ = turnWriter{s.turn, s.client}.Write([]byte("muxproxy: " + use.Printable(line) + end))
 }
 
-// lastWord tells the person why the session is cut, behind all that the server sent, unless that takes too long. A session
-// that was over before gets its end instead.
+// lastWord tells the person why the session is cut, behind all that the server sent, unless that takes too long.
 func (s *session) lastWord(line string) {
 	done := make(chan struct{})
 	// A client that does not read keeps this until it is cut, which comes next.
@@ -212,10 +211,6 @@ func (s *session) lastWord(line string) {
 		defer close(done)
 		if k := s.link.Load(); k != nil && s.relay.lease.Down() {
 			<-k.stderrDone
-			if k.complete() {
-				<-s.over
-				return
-			}
 		}
 		s.say(line)
 	})

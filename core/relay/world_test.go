@@ -71,20 +71,25 @@ type upstreamConn struct {
 
 type watchedConn struct {
 	net.Conn
-	down, eof atomic.Bool
+	down atomic.Bool
+	over atomic.Int64
 }
 
 func (c *watchedConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if err != nil {
-		c.eof.Store(err == io.EOF)
 		c.down.Store(true)
+		if err == io.EOF {
+			time.Sleep(quiet) // as the upstream driver does
+		}
+		c.over.CompareAndSwap(0, time.Now().UnixNano())
 	}
 	return n, err
 }
 
 func (c *watchedConn) Close() error {
 	c.down.Store(true)
+	c.over.CompareAndSwap(0, time.Now().UnixNano())
 	return c.Conn.Close()
 }
 
@@ -95,8 +100,13 @@ func (c *upstreamConn) Server() pool.ServerInfo {
 }
 func (c *upstreamConn) Probe(context.Context) error { return nil }
 func (c *upstreamConn) Down() bool                  { return c.net.down.Load() }
-func (c *upstreamConn) PeerClosed() bool            { return c.net.eof.Load() }
-func (c *upstreamConn) Cause() error                { return nil }
+func (c *upstreamConn) Over() time.Time {
+	if ns := c.net.over.Load(); ns != 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
+}
+func (c *upstreamConn) Cause() error { return nil }
 func (c *upstreamConn) LastHeard() time.Time {
 	return time.Now().Add(-time.Duration(c.silent.Load()))
 }

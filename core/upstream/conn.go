@@ -36,7 +36,7 @@ type transport struct {
 	last atomic.Int64 // when the last of them came, in Unix nanoseconds: a wall clock goes on while the machine sleeps
 	down atomic.Bool
 
-	peerClosed atomic.Bool // the stream ended in order; set before down
+	over atomic.Int64 // when x/crypto/ssh was told, in Unix nanoseconds
 
 	waiting atomic.Bool // somebody waits for heard
 	ready   atomic.Bool // the handshake is over
@@ -74,19 +74,28 @@ func (t *transport) Read(p []byte) (int, error) {
 		}
 	}
 	if err != nil {
-		if err == io.EOF {
-			t.peerClosed.Store(true)
-		}
 		t.fail(readText(err))
+		if t.ready.Load() && t.over.Load() == 0 {
+			time.Sleep(settleTime)
+		}
+		t.over.CompareAndSwap(0, time.Now().UnixNano())
 	}
 	return n, err
 }
+
+// lastReadTime is how long a connection that can't be written to may still be read.
+const lastReadTime = 2 * time.Second
+
+// settleTime is how long the end of the stream is kept from x/crypto/ssh, which ends all channels when it learns of it: what
+// the server sent before, the CLOSE of a session that was over for one, is dealt with first.
+const settleTime = 100 * time.Millisecond
 
 func (t *transport) Write(p []byte) (int, error) {
 	n, err := t.Conn.Write(p)
 	if err != nil {
 		t.fail(readText(err))
-		t.Conn.Close() // so that the reader ends, too
+		// The reader has to end too, but what the peer sent before may still be there to be read.
+		time.AfterFunc(lastReadTime, func() { t.Conn.Close() })
 	}
 	return n, err
 }
@@ -94,6 +103,7 @@ func (t *transport) Write(p []byte) (int, error) {
 // Close is called by x/crypto/ssh once it has failed. It does not say that we wanted it.
 func (t *transport) Close() error {
 	t.fall()
+	t.over.CompareAndSwap(0, time.Now().UnixNano())
 	return t.Conn.Close()
 }
 
@@ -367,8 +377,13 @@ func endText(err error) string {
 	return "protocol error: " + use.Printable(strings.TrimPrefix(err.Error(), "ssh: "))
 }
 
-// PeerClosed implements pool.Conn.
-func (c *conn) PeerClosed() bool { return c.t.peerClosed.Load() }
+// Over implements pool.Conn.
+func (c *conn) Over() time.Time {
+	if ns := c.t.over.Load(); ns != 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
+}
 
 func (c *conn) Channels() <-chan ssh.NewChannel { return c.channels }
 func (c *conn) Requests() <-chan *ssh.Request   { return c.requests }
