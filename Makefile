@@ -28,7 +28,9 @@ demo: build
 # The race detector needs a C compiler. DEMO_HOST and the like never reach the tests: they use loopback only.
 test:
 	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
-		nc:netcat-openbsd ps:procps
+		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
+		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh \
+		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)
 	go test -race -timeout 10m -count=1 ./e2e
 	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e

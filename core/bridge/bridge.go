@@ -33,6 +33,8 @@ const (
 	// answerTimeout bounds how long a master may take for what it does without asking anybody. With --fdpass it answers
 	// when TCP is up, which has the master's own bound.
 	answerTimeout = 30 * time.Second
+	// resolveTimeout bounds ssh -G, with all jump hosts, below the master's patience for the answer.
+	resolveTimeout = 50 * time.Second
 	// farewell is how long after the master this process may learn that ssh has ended.
 	farewell = 100 * time.Millisecond
 	// attempts is how often a master that ends while it is asked is looked for again: one that has just stopped still
@@ -51,7 +53,8 @@ type bridge struct {
 	args   sshconfig.Args
 	// gone is done when ssh has ended, or has been interrupted together with this process.
 	gone   context.Context
-	parent int // pid of ssh, or of a shell between
+	ssh    bool // it is ssh that started this
+	parent int  // pid of ssh, or of a shell between
 }
 
 // Run is the program: args are those of the command line without its name. It returns the exit status, and closes no
@@ -87,6 +90,7 @@ func Run(args []string, std Std, getenv func(string) string) int {
 			b.args = a
 		}
 		unknown = err
+		b.ssh = true
 	}
 	if b.target.Alias == "" {
 		b.target.Alias = b.args.Host()
@@ -140,6 +144,9 @@ func (b *bridge) hello() wire.Hello {
 		Mode:    b.mode(),
 		SSHArgs: b.args.Shape(),
 		Env:     make(map[string]string),
+	}
+	if d := b.args.Destination; d != "" {
+		h.SSHArgs = append(h.SSHArgs, "--", d) // Match user looks at how the user was named
 	}
 	for _, name := range wire.EnvNames {
 		if v := b.getenv(name); v != "" {
@@ -247,6 +254,10 @@ func (b *bridge) stream(w *wire.Conn, mode wire.Mode, dirs paths.Dirs) int {
 		}
 		if n.Authenticated && !authenticated {
 			authenticated = true
+			if !b.ssh {
+				// asyncssh reads this end of it as well, and takes its end for the connection's.
+				continue
+			}
 			// After ssh -f this process would hold whatever the caller reads ssh's errors from.
 			if err := letGo(b.std.Err); err != nil {
 				return b.fail(err)
@@ -257,11 +268,17 @@ func (b *bridge) stream(w *wire.Conn, mode wire.Mode, dirs paths.Dirs) int {
 
 // resolve answers the master's question what ssh_config says, and brings the agent along.
 func (b *bridge) resolve(w *wire.Conn) error {
-	config, err := b.config()
-	if err != nil {
-		return w.SendResolution(wire.Resolution{Error: err.Error()}, nil)
+	ctx, cancel := context.WithTimeoutCause(b.gone, resolveTimeout,
+		fmt.Errorf("ssh -G took longer than %s (a Match exec?); %s", resolveTimeout, bypassHint))
+	defer cancel()
+	config, err := sshconfig.Run(ctx, b.request())
+	var hops []sshconfig.Hop
+	if err == nil {
+		hops, err = sshconfig.Hops(ctx, b.request(), config)
 	}
-	hops, err := sshconfig.Hops(b.gone, b.request(), config)
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
 	if err != nil {
 		return w.SendResolution(wire.Resolution{Error: err.Error()}, nil)
 	}

@@ -177,7 +177,7 @@ func TestOptionsOfTheSSHAbove(t *testing.T) {
 		return w.finish(cmd, "x")
 	}
 	_, errs, status := under("muxproxy -o Port=1 u@hello:22", "-tvp2200", "-i", "key", "me@db", "-L1:h:1", "uptime")
-	if want := `"db" pipes ["-v" "-p" "2200" "-i" "key"]`; status != 255 || !strings.Contains(errs, want) {
+	if want := `"db" pipes ["-v" "-p" "2200" "-i" "key" "--" "me@db"]`; status != 255 || !strings.Contains(errs, want) {
 		t.Errorf("%d, %q, want %q", status, errs, want)
 	}
 	// An option of a newer ssh could be about where the connection leads.
@@ -641,7 +641,10 @@ func TestWaitingForAnotherStarter(t *testing.T) {
 // After ssh -f, ssh's parent waits for the end of what it gave as stderr.
 func TestStderrIsLetGoAndHangupIgnored(t *testing.T) {
 	w := newWorld(t)
-	cmd := w.command("u@pipes:22")
+	cmd := w.command()
+	cmd.Path, cmd.Args = filepath.Join(w.bin, "ssh"), []string{"ssh", "-f", "h", "true"}
+	cmd.Env = append(slices.Clone(w.env), "TEST_SSH_PROXY=muxproxy u@pipes:22")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -670,7 +673,7 @@ func TestStderrIsLetGoAndHangupIgnored(t *testing.T) {
 		t.Errorf("stderr: %q, %v", b, err)
 	}
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP} {
-		if err := cmd.Process.Signal(s); err != nil {
+		if err := syscall.Kill(-cmd.Process.Pid, s); err != nil {
 			t.Fatal(err)
 		}
 	}

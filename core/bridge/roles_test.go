@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -49,10 +50,15 @@ func fakeSSH() int {
 		os.Unsetenv("TEST_SSH_PROXY")
 		cmd := exec.Command("/bin/sh", "-c", "exec "+proxy)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-		if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT) // they are for the bridge
+		if err := cmd.Start(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
+		for _, f := range []*os.File{os.Stdin, os.Stdout, os.Stderr} {
+			f.Close() // as if it had gone into the background
+		}
+		cmd.Wait()
 		return cmd.ProcessState.ExitCode()
 	}
 	if len(os.Args) > 1 && os.Args[1] == "-G" {

@@ -123,6 +123,21 @@ func authorizedKey(s ssh.Signer) string {
 var errNoCertificate = fmt.Errorf("this ssh accepts no host certificate (HostKeyAlgorithms); allow %s there, "+
 	"or set MUXPROXY_BYPASS=1", keyTypes[0].cert[0])
 
+// Check says why an OpenSSH client with this HostKeyAlgorithms (ssh_config(5), as ssh -G prints it; "": not known) can't be
+// served, if that can be told before it speaks.
+func Check(hostKeyAlgorithms string) error {
+	if hostKeyAlgorithms == "" {
+		return nil
+	}
+	list := strings.Split(hostKeyAlgorithms, ",")
+	for _, t := range keyTypes {
+		if slices.ContainsFunc(t.cert, func(c string) bool { return slices.Contains(list, c) }) {
+			return nil
+		}
+	}
+	return errNoCertificate
+}
+
 // signers returns what a client that listed these host key algorithms is shown: a certificate for principals if it
 // takes one, else, if plain is allowed, plain keys.
 func (a *Authority) signers(algorithms, principals []string, plain bool) ([]ssh.Signer, error) {

@@ -247,6 +247,11 @@ func (c *client) servePipes(spec pool.Spec, stream *pipes) {
 // serveSocket serves a client whose socket becomes the stream. So the hello is answered when the transport to the host
 // is up, or has failed: later the person can only be told by banner.
 func (c *client) serveSocket(spec pool.Spec, nc *net.UnixConn) {
+	if err := local.Check(spec.Config.Get("hostkeyalgorithms")); err != nil {
+		c.log.Info().Err(err).Msg("client not let in")
+		c.answer(wire.Failed, err.Error())
+		return
+	}
 	stop := onHangup(nc, func() { c.cancel(errors.New("the client has left")) })
 	connected := make(chan struct{})
 	spec.Connected = sync.OnceFunc(func() { close(connected) })
@@ -391,10 +396,14 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if c.batch {
 		return nil, pool.ErrNobody
 	}
+	// Whose words they are stands before each prompt, and before each line of a server's text: that could pose as ours.
+	title := use.Printable(q.Title) + ": "
 	lq := local.Question{Instruction: printableLines(q.Text)}
+	if q.Title != "muxproxy" && lq.Instruction != "" {
+		lq.Instruction = title + strings.ReplaceAll(lq.Instruction, "\n", "\n"+title)
+	}
 	for _, p := range q.Prompts {
-		// Whose question it is stands in each prompt: the server's text could pose as ours.
-		lq.Prompts = append(lq.Prompts, use.Printable(q.Title)+": "+printableLines(p.Text))
+		lq.Prompts = append(lq.Prompts, title+onOneRow(p.Text))
 		lq.Echos = append(lq.Echos, p.Echo)
 	}
 	answers, err := c.handshake.Ask(ctx, lq)
@@ -410,6 +419,15 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 // hasTerminal tells whether the ssh at this client has a terminal to ask at.
 func (c *client) hasTerminal() bool {
 	return slices.ContainsFunc(c.caller.Processes[:min(2, len(c.caller.Processes))], func(p use.Process) bool { return p.TTY != "" })
+}
+
+// onOneRow keeps a prompt from filling a row of the terminal with blanks, so that the next one looks like a line of ours.
+func onOneRow(prompt string) string {
+	end := ""
+	if strings.HasSuffix(prompt, " ") {
+		end = " "
+	}
+	return use.Printable(strings.Join(strings.Fields(prompt), " ")) + end
 }
 
 // printableLines escapes text, but keeps its lines.

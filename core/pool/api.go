@@ -67,6 +67,8 @@ type Conn interface {
 	// Down tells that the transport has failed or was closed. It turns true before any channel of the connection
 	// reports EOF because of that, except for a DISCONNECT or protocol error, where it follows within microseconds.
 	Down() bool
+	// PeerClosed tells that the peer ended its stream in order, after all that it had sent; set before Down.
+	PeerClosed() bool
 	// Cause is a person's line about why the connection ended; nil while it lives or if we closed it.
 	Cause() error
 	// LastHeard is when the last byte came.

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -12,6 +15,9 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/use"
 )
+
+// defaultConnectTimeout bounds a connection through a jump host where ConnectTimeout is not set.
+const defaultConnectTimeout = 30 * time.Second
 
 // transport returns how to reach spec's host through its last jump host, which is an upstream of the pool like any
 // other; nil without one.
@@ -22,12 +28,21 @@ func (p *Pool) transport(spec Spec, by use.Use, ask Asker) func(context.Context)
 	last := len(spec.Via) - 1
 	hop := spec.Via[last]
 	hop.Via = spec.Via[:last]
-	hop.Env, hop.Banner, hop.Say, hop.Debug = spec.Env, spec.Banner, spec.Say, spec.Debug
-	return func(ctx context.Context) (net.Conn, error) { return p.jump(ctx, hop, spec.Target, by, ask) }
+	hop.Env, hop.Say, hop.Debug = spec.Env, spec.Say, spec.Debug
+	hop.Banner = func(text string) {
+		for line := range strings.Lines(text) {
+			spec.Banner("jump host " + hop.Target.Host + ": " + line) // or it would pass for the target's
+		}
+	}
+	timeout := defaultConnectTimeout
+	if s, err := strconv.Atoi(spec.Config.Get("connecttimeout")); err == nil && s > 0 {
+		timeout = time.Duration(s) * time.Second
+	}
+	return func(ctx context.Context) (net.Conn, error) { return p.jump(ctx, hop, spec.Target, timeout, by, ask) }
 }
 
 // jump opens a connection to a target through a jump host's upstream, which it holds a lease on until Close.
-func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, by use.Use, ask Asker) (net.Conn, error) {
+func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.Duration, by use.Use, ask Asker) (net.Conn, error) {
 	permit, denied := p.gate.Decide(ctx, use.Use{
 		Kind: use.Jump, Client: by.Client, Caller: by.Caller, Target: hop.Target, Addr: to.Addr(),
 	}, nil)
@@ -42,7 +57,10 @@ func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, by use.Use, as
 	if err != nil {
 		return nil, end(err)
 	}
-	ch, reqs, err := lease.Open(ctx, permit, "direct-tcpip", ssh.Marshal(struct { // RFC 4254 section 7.2
+	// Only the connection: a login at the jump host may wait for a person.
+	openCtx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer in %s", timeout))
+	defer cancel()
+	ch, reqs, err := lease.Open(openCtx, permit, "direct-tcpip", ssh.Marshal(struct { // RFC 4254 section 7.2
 		Host       string
 		Port       uint32
 		Origin     string
@@ -80,6 +98,9 @@ func (c *jumpConn) Write(b []byte) (int, error) {
 func (c *jumpConn) Read(b []byte) (int, error) {
 	n, err := c.Channel.Read(b)
 	c.lease.Count(0, int64(n))
+	if err == io.EOF && c.lease.Down() {
+		err = io.ErrUnexpectedEOF // the jump host's end is not the target's
+	}
 	return n, err
 }
 

@@ -59,6 +59,20 @@ var errClosed = errors.New("the master is stopping")
 // flightKey names what one dial serves: the sharing key, and the agent that may log in.
 type flightKey struct{ key, agent string }
 
+// keyOf is the flightKey of a spec. The jump hosts are part of the sharing key with all that they are logged in to by,
+// their agents too: nobody rides through a host that it could not pass, or through another one of the same name.
+func keyOf(spec Spec) flightKey {
+	k := flightKey{key: spec.Config.Key()}
+	for _, hop := range spec.Via {
+		h := keyOf(hop)
+		k.key += "\x00" + hop.Target.String() + "\x00" + h.key + "\x00" + h.agent
+	}
+	if spec.Agent != nil {
+		k.agent = spec.Agent.ID()
+	}
+	return k
+}
+
 // flight is one dial and those who wait for it.
 type flight struct {
 	id     uint64
@@ -93,10 +107,7 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 	if !permit.Valid(use.Attach, use.Jump) {
 		return nil, errors.New("no permit to attach")
 	}
-	k := flightKey{key: spec.Config.Key()}
-	if spec.Agent != nil {
-		k.agent = spec.Agent.ID()
-	}
+	k := keyOf(spec)
 	var l *Lease
 	var f *flight
 	var w *waiter
@@ -108,7 +119,7 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 		if l == nil {
 			break
 		}
-		if err := l.hostKeyStillGood(spec); err != nil {
+		if err := p.hostKeysStillGood(l, spec); err != nil {
 			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
 			l.Release()
 			continue // a new dial finds out, and says so
@@ -385,10 +396,7 @@ func (f *flight) infoLocked() ConnInfo {
 
 // Alive reports whether Acquire for spec would be served without a dial.
 func (p *Pool) Alive(spec Spec) bool {
-	k := flightKey{key: spec.Config.Key()}
-	if spec.Agent != nil {
-		k.agent = spec.Agent.ID()
-	}
+	k := keyOf(spec)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return slices.ContainsFunc(p.ups, func(u *upstream) bool { return u.serves(k) })

@@ -57,6 +57,7 @@ func (c *fakeConn) Requests() <-chan *ssh.Request   { return c.requests }
 func (c *fakeConn) Server() ServerInfo              { return ServerInfo{AgentID: c.agent} }
 func (c *fakeConn) Probe(context.Context) error     { return nil }
 func (c *fakeConn) LastHeard() time.Time            { return time.Now() }
+func (c *fakeConn) PeerClosed() bool                { return false }
 func (c *fakeConn) Cause() error                    { <-c.ended; return c.cause }
 func (c *fakeConn) Down() bool {
 	select {
@@ -278,6 +279,34 @@ func TestWhoMayShare(t *testing.T) {
 	other.Agent = fakeAgent("1:3")
 	if l := acquire(t, p2, other); l.ID() == first.ID() {
 		t.Error("another agent's client rides")
+	}
+}
+
+// Nobody rides through a jump host that it could not pass itself, or through another one of the same name.
+func TestTheWayIsPartOfTheKey(t *testing.T) {
+	with := func(change func(hop *Spec)) Spec {
+		s, hop := spec("alice"), spec("jumper")
+		change(&hop)
+		s.Via = []Spec{hop}
+		return s
+	}
+	same := with(func(*Spec) {})
+	for name, other := range map[string]Spec{
+		"no jump host":          spec("alice"),
+		"another host":          with(func(h *Spec) { h.Target.Host = "elsewhere" }),
+		"another user":          with(func(h *Spec) { h.Target.User = "root" }),
+		"checks less":           with(func(h *Spec) { h.Config.Options["stricthostkeychecking"] = []string{"no"} }),
+		"another key file":      with(func(h *Spec) { h.Config.Options["identityfile"] = []string{"/x"} }),
+		"an agent":              with(func(h *Spec) { h.Agent = fakeAgent("1:2") }),
+		"behind another":        with(func(h *Spec) { h.Via = []Spec{spec("x")} }),
+		"one more in the chain": {Target: same.Target, Config: same.Config, Via: []Spec{spec("x"), same.Via[0]}},
+	} {
+		if keyOf(same) == keyOf(other) {
+			t.Errorf("%s: shared", name)
+		}
+	}
+	if again := with(func(*Spec) {}); keyOf(same) != keyOf(again) {
+		t.Error("the same way is not shared")
 	}
 }
 

@@ -255,20 +255,50 @@ type Lease struct {
 	listeners map[*Listener]struct{}
 }
 
-// hostKeyStillGood checks what the user's files say now about the key that the server showed. If they don't like it any
-// more, the upstream takes no new clients.
-func (l *Lease) hostKeyStillGood(spec Spec) error {
-	k, ok := l.up.conn.(HostKeyKeeper)
+// hostKeysStillGood checks what the user's files say now about the keys that the server and the jump hosts on the way
+// have shown. If they don't like one any more, its upstream and l's take no new clients.
+func (p *Pool) hostKeysStillGood(l *Lease, spec Spec) error {
+	err := l.up.hostKeyStillGood(spec)
+	for i, hop := range spec.Via {
+		if err != nil {
+			break
+		}
+		hop.Via = spec.Via[:i]
+		k := keyOf(hop)
+		p.mu.Lock()
+		at := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.serves(k) })
+		var u *upstream
+		if at >= 0 {
+			u = p.ups[at]
+		}
+		p.mu.Unlock()
+		if u != nil {
+			err = u.hostKeyStillGood(hop)
+		}
+	}
+	if err != nil {
+		l.up.drain()
+	}
+	return err
+}
+
+func (u *upstream) hostKeyStillGood(spec Spec) error {
+	k, ok := u.conn.(HostKeyKeeper)
 	if !ok {
 		return nil
 	}
 	err := k.HostKeyStillGood(spec)
 	if err != nil {
-		l.up.pool.mu.Lock()
-		l.up.draining = true
-		l.up.pool.mu.Unlock()
+		u.drain()
 	}
 	return err
+}
+
+// drain lets the upstream take no new clients.
+func (u *upstream) drain() {
+	u.pool.mu.Lock()
+	u.draining = true
+	u.pool.mu.Unlock()
 }
 
 // Lost is closed when the upstream has ended.
@@ -276,6 +306,9 @@ func (l *Lease) Lost() <-chan struct{} { return l.up.dead }
 
 // Down tells that the upstream's transport has failed: an EOF on one of its channels may be because of that.
 func (l *Lease) Down() bool { return l.up.conn.Down() }
+
+// PeerClosed tells that the server ended the connection in order, after all that it had sent.
+func (l *Lease) PeerClosed() bool { return l.up.conn.PeerClosed() }
 
 // Reason is a person's line about why the upstream has ended; nil before Lost.
 func (l *Lease) Reason() error {

@@ -160,10 +160,10 @@ func (k *link) copyDown() {
 	k.turn.closeWrite(k.client)
 }
 
-// serverLives tells the server's own EOF or CLOSE from the end of the connection.
+// serverLives tells the server's own EOF or CLOSE from the end of the connection in mid-session.
 func (k *link) serverLives() bool {
 	if k.relay.lease.Down() {
-		return false
+		return k.complete()
 	}
 	select {
 	case <-k.ended:
@@ -176,9 +176,20 @@ func (k *link) serverLives() bool {
 	case <-k.ended:
 		return true
 	case <-k.relay.lease.Lost():
-		return false
+		return k.complete()
 	case <-t.C:
-		return !k.relay.lease.Down()
+		return !k.relay.lease.Down() || k.complete()
+	}
+}
+
+// complete tells whether the session was over before the connection: a server that serves one session only (tinysshd)
+// says how it ended, and closes the connection in order.
+func (k *link) complete() bool {
+	select {
+	case <-k.ended:
+		return k.relay.lease.PeerClosed()
+	default:
+		return false
 	}
 }
 

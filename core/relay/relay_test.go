@@ -212,6 +212,37 @@ func TestADeadUpstreamIsNoEOF(t *testing.T) {
 	}
 }
 
+// A server that serves one session says how it ended, and closes the connection: that is no cut. Without a status it is.
+func TestAServerThatLeavesAfterItsSession(t *testing.T) {
+	for _, ended := range []bool{true, false} {
+		w := newWorld(t)
+		c := w.connect(true)
+		near, far := w.session(c, "x")
+		w.noMore(c)
+		stdout, stderr := readAll(near.ch), readAll(near.ch.Stderr())
+		io.WriteString(far.ch, "all of it")
+		if ended {
+			far.ch.SendRequest("exit-status", false, ssh.Marshal(statusMsg{5}))
+			far.ch.CloseWrite()
+		}
+		w.tcp.(*net.TCPConn).CloseWrite()
+		if got := take(t, "stdout", stdout); got != "all of it" {
+			t.Errorf("stdout %q", got)
+		}
+		if line := take(t, "stderr", stderr); (line == "") != ended {
+			t.Errorf("ended %v: stderr %q", ended, line)
+		}
+		status := false
+		for q := range near.reqs {
+			status = status || q.Type == "exit-status"
+		}
+		if status != ended {
+			t.Errorf("status %v, want %v", status, ended)
+		}
+		within(t, "relay", c.ran)
+	}
+}
+
 // ssh sends its -R requests and then opens its session: the command must not run before a refusal has been told.
 func TestOpensWaitForEarlierGlobalRequests(t *testing.T) {
 	w := newWorld(t)

@@ -42,15 +42,16 @@ func (r *Relay) session(nc ssh.NewChannel, earlier <-chan struct{}) {
 		r.cut("too many sessions")
 	}
 	s := &session{
-		relay: r, client: client, reqs: r.queue(reqs), earlier: earlier, since: time.Now(), turn: newTurn(),
+		relay: r, client: client, reqs: r.queue(reqs), earlier: earlier, since: time.Now(), turn: newTurn(), over: make(chan struct{}),
 	}
 	r.mu.Lock()
 	r.sessions[s] = struct{}{}
 	r.mu.Unlock()
 	s.serve()
-	if !r.lease.Down() { // else the client is about to be cut, and must not take that for a session's end
+	if k := s.link.Load(); !r.lease.Down() || k != nil && k.complete() {
 		client.Close()
-	}
+	} // else the client is about to be cut, and must not take that for a session's end
+	close(s.over)
 	for q := range s.reqs {
 		_ = q.Reply(false, nil)
 	}
@@ -67,6 +68,7 @@ type session struct {
 	earlier <-chan struct{}
 	since   time.Time
 	turn    turn
+	over    chan struct{} // closed when the client has got all that it will get
 
 	held       []*ssh.Request
 	server     ssh.Channel // nil until taken
@@ -201,7 +203,8 @@ func (s *session) say(line string) {
 	_, _ = turnWriter{s.turn, s.client}.Write([]byte("muxproxy: " + use.Printable(line) + end))
 }
 
-// lastWord tells the person why the session is cut, behind all that the server sent, unless that takes too long.
+// lastWord tells the person why the session is cut, behind all that the server sent, unless that takes too long. A session
+// that was over before gets its end instead.
 func (s *session) lastWord(line string) {
 	done := make(chan struct{})
 	// A client that does not read keeps this until it is cut, which comes next.
@@ -209,6 +212,10 @@ func (s *session) lastWord(line string) {
 		defer close(done)
 		if k := s.link.Load(); k != nil && s.relay.lease.Down() {
 			<-k.stderrDone
+			if k.complete() {
+				<-s.over
+				return
+			}
 		}
 		s.say(line)
 	})

@@ -71,12 +71,13 @@ type upstreamConn struct {
 
 type watchedConn struct {
 	net.Conn
-	down atomic.Bool
+	down, eof atomic.Bool
 }
 
 func (c *watchedConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if err != nil {
+		c.eof.Store(err == io.EOF)
 		c.down.Store(true)
 	}
 	return n, err
@@ -94,6 +95,7 @@ func (c *upstreamConn) Server() pool.ServerInfo {
 }
 func (c *upstreamConn) Probe(context.Context) error { return nil }
 func (c *upstreamConn) Down() bool                  { return c.net.down.Load() }
+func (c *upstreamConn) PeerClosed() bool            { return c.net.eof.Load() }
 func (c *upstreamConn) Cause() error                { return nil }
 func (c *upstreamConn) LastHeard() time.Time {
 	return time.Now().Add(-time.Duration(c.silent.Load()))

@@ -13,6 +13,9 @@ import (
 // ours is the title of questions in our own words.
 const ours = "muxproxy"
 
+// errDown is why a question was taken back.
+var errDown = errors.New("the server has ended the connection meanwhile")
+
 // errBatch is why nobody was asked.
 var errBatch = errors.New("BatchMode=yes forbids asking")
 
@@ -23,6 +26,8 @@ func (d *dialing) ask(ctx context.Context, q pool.Question) ([]string, error) {
 		answers, err = d.asker.Ask(ctx, q)
 	}
 	switch {
+	case context.Cause(ctx) == errDown:
+		return nil, errDown
 	case errors.Is(err, pool.ErrNobody) && d.on("batchmode", false):
 		return nil, errBatch // others who wait for this login, without BatchMode, have not answered either
 	case err != nil:
@@ -48,7 +53,7 @@ func unasked(err error) string {
 	switch {
 	case errors.Is(err, pool.ErrNobody):
 		return "nobody can be asked for it here"
-	case errors.Is(err, errBatch):
+	case errors.Is(err, errBatch), errors.Is(err, errDown):
 		return err.Error()
 	}
 	return use.Printable(err.Error())

@@ -36,14 +36,17 @@ type transport struct {
 	last atomic.Int64 // when the last of them came, in Unix nanoseconds: a wall clock goes on while the machine sleeps
 	down atomic.Bool
 
+	peerClosed atomic.Bool // the stream ended in order; set before down
+
 	waiting atomic.Bool // somebody waits for heard
 	ready   atomic.Bool // the handshake is over
 
-	mu    sync.Mutex // guards what follows
-	heard chan struct{}
-	local bool // we closed it
-	cause string
-	early []byte // what came first, until the handshake is over
+	mu     sync.Mutex // guards what follows
+	heard  chan struct{}
+	local  bool // we closed it
+	cause  string
+	early  []byte // what came first, until the handshake is over
+	fallen func() // called when it is down; nil once called
 }
 
 // maxEarly is enough for the lines that a server or a proxy may send before it identifies itself (RFC 4253 section 4.2), where
@@ -71,6 +74,9 @@ func (t *transport) Read(p []byte) (int, error) {
 		}
 	}
 	if err != nil {
+		if err == io.EOF {
+			t.peerClosed.Store(true)
+		}
 		t.fail(readText(err))
 	}
 	return n, err
@@ -87,8 +93,7 @@ func (t *transport) Write(p []byte) (int, error) {
 
 // Close is called by x/crypto/ssh once it has failed. It does not say that we wanted it.
 func (t *transport) Close() error {
-	t.down.Store(true)
-	t.wake()
+	t.fall()
 	return t.Conn.Close()
 }
 
@@ -108,8 +113,30 @@ func (t *transport) fail(cause string) {
 		t.cause = cause
 	}
 	t.mu.Unlock()
+	t.fall()
+}
+
+// fall makes the transport count as down.
+func (t *transport) fall() {
 	t.down.Store(true)
 	t.wake()
+	t.mu.Lock()
+	fallen := t.fallen
+	t.fallen = nil
+	t.mu.Unlock()
+	if fallen != nil {
+		fallen()
+	}
+}
+
+// whenDown has f called once, as soon as the transport is down.
+func (t *transport) whenDown(f func()) {
+	t.mu.Lock()
+	t.fallen = f
+	t.mu.Unlock()
+	if t.down.Load() {
+		t.fall()
+	}
 }
 
 // end records what x/crypto/ssh ended with, for an end that the stream had no part in.
@@ -119,8 +146,7 @@ func (t *transport) end(cause string) {
 		t.cause = cause
 	}
 	t.mu.Unlock()
-	t.down.Store(true)
-	t.wake()
+	t.fall()
 }
 
 func (t *transport) failure() error {
@@ -340,6 +366,9 @@ func endText(err error) string {
 	}
 	return "protocol error: " + use.Printable(strings.TrimPrefix(err.Error(), "ssh: "))
 }
+
+// PeerClosed implements pool.Conn.
+func (c *conn) PeerClosed() bool { return c.t.peerClosed.Load() }
 
 func (c *conn) Channels() <-chan ssh.NewChannel { return c.channels }
 func (c *conn) Requests() <-chan *ssh.Request   { return c.requests }

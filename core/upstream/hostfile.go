@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"golang.org/x/crypto/ssh"
 )
@@ -52,6 +53,8 @@ func appendHost(file, name string, key ssh.PublicKey, hash bool) error {
 			return err
 		}
 	}
+	hostFilesMu.Lock()
+	defer hostFilesMu.Unlock()
 	f, err := os.OpenFile(file, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
@@ -84,6 +87,8 @@ func endsOpen(f *os.File) (bool, error) {
 // keep that are missing come at the end (hostfile_replace_entries of hostfile.c). All other lines stay as they are, broken ones
 // too. The file before is kept as FILE.old. It reports whether anything had to change.
 func replaceHost(file, name string, keep []ssh.PublicKey, hash bool) (bool, error) {
+	hostFilesMu.Lock()
+	defer hostFilesMu.Unlock()
 	// What a link points to is what the user wants changed; a rename would replace the link.
 	target, err := filepath.EvalSymlinks(file)
 	if err != nil {
@@ -138,6 +143,10 @@ func replaceHost(file, name string, keep []ssh.PublicKey, hash bool) (bool, erro
 	}
 	return true, replaceFile(target, out.Bytes(), info)
 }
+
+// hostFilesMu is held while a known_hosts file is changed, so that no login of this master takes back what another one
+// has written.
+var hostFilesMu sync.Mutex
 
 func replaceFile(file string, text []byte, before os.FileInfo) error {
 	f, err := os.CreateTemp(filepath.Dir(file), filepath.Base(file)+".*") // mode 0600

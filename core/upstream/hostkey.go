@@ -206,11 +206,17 @@ func (h *hostKeys) judge(key ssh.PublicKey, remote string) judgement {
 		}
 	}
 
+	// As in ssh, a certificate that is not good makes its key a plain one, which may be known by itself.
+	var certErr error
 	if isCert {
 		for _, k := range slices.Concat(h.known, h.withOut) {
-			if k.marker == authority && sameKey(k.key, cert.SignatureKey) {
-				return judgement{err: h.checkCert(cert), known: &k, cert: true}
+			if k.marker != authority || !sameKey(k.key, cert.SignatureKey) {
+				continue
 			}
+			if certErr = h.checkCert(cert); certErr == nil {
+				return judgement{known: &k, cert: true}
+			}
+			break
 		}
 	}
 
@@ -241,7 +247,7 @@ func (h *hostKeys) judge(key ssh.PublicKey, remote string) judgement {
 			return judgement{known: &h.withOut[i], port: true}
 		}
 	}
-	return judgement{}
+	return judgement{err: certErr}
 }
 
 // refuseUnknown is the line for a key that is unknown; why says why the person was not asked.
@@ -317,7 +323,7 @@ func (h *hostKeys) ask(ctx context.Context, plain ssh.PublicKey, remote string) 
 	sum := ssh.FingerprintSHA256(plain)
 	fmt.Fprintf(&b, "\n%s key fingerprint is %s.\n%s", keyName(plain), sum, h.otherNames(plain))
 	text, prompt := b.String(), "Are you sure you want to continue connecting (yes/no/[fingerprint])? "
-	for {
+	for range maxAnswers {
 		answer, err := h.d.askLine(ctx, text, prompt, true)
 		if err != nil {
 			return false, err
@@ -330,7 +336,12 @@ func (h *hostKeys) ask(ctx context.Context, plain ssh.PublicKey, remote string) 
 		}
 		text, prompt = "", "Please type 'yes', 'no' or the fingerprint: "
 	}
+	return false, nil
 }
+
+// maxAnswers is how often the question about a host key is put: a program that answers every prompt with a password
+// never gives one of the answers that count.
+const maxAnswers = 6
 
 // maxOtherNames is how many other names of a key are shown, as in ssh.
 const maxOtherNames = 8

@@ -286,6 +286,9 @@ func (l *login) password() (string, error) {
 	l.passwordOpen = false
 	l.guard.pause()
 	defer l.limitLogin()
+	if context.Cause(l.ctx) == errDown {
+		return "", errDown // x/crypto asks again before it notices
+	}
 	if l.passwords >= l.prompts() {
 		return "", errSpent
 	}

@@ -28,6 +28,8 @@ const (
 	// loginTimeout bounds the peer's silence during the login, as sshd's LoginGraceTime bounds ours. It does not run
 	// while a person or an agent is thinking.
 	loginTimeout = 120 * time.Second
+	// proxyTimeout takes the place of a ConnectTimeout that is not set where a ProxyCommand connects.
+	proxyTimeout = 10 * time.Minute
 	// rekeyThreshold keeps x/crypto/ssh from starting a key exchange on its own: one that it starts while both sides send
 	// at full speed can leave both waiting for each other for ever; one that the peer starts can't. It is so high for every
 	// peer, since the configuration is fixed before the peer says who it is. OpenSSH starts one by its own RekeyLimit: after
@@ -202,9 +204,13 @@ func (d *dialing) limitLogin() { d.guard.limit(loginTimeout, "no answer in %s wh
 
 // handshake makes t an SSH connection that is logged in. It closes t on failure.
 func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.ClientConfig, keys *hostKeys) (*conn, error) {
+	// A question about a connection that is gone is of no use: sshd has its LoginGraceTime.
+	asking, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	t.whenDown(func() { cancel(errDown) })
 	d.guard = newGuard(ctx, t)
 	defer d.guard.end()
-	login := &login{dialing: d, ctx: ctx}
+	login := &login{dialing: d, ctx: asking}
 	defer login.end()
 
 	var hostKey ssh.PublicKey
@@ -224,7 +230,7 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 		}
 		d.guard.pause()
 		d.debugf("Remote identification: %s", t.identification())
-		if trusted, hostKeyErr = keys.accept(ctx, key, remote); hostKeyErr != nil {
+		if trusted, hostKeyErr = keys.accept(asking, key, remote); hostKeyErr != nil {
 			return hostKeyErr
 		}
 		hostKey = key
@@ -246,6 +252,9 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 	config.RekeyThreshold = rekeyThreshold
 
 	timeout := d.connectTimeout()
+	if d.option("proxycommand") != "" && d.number("connecttimeout", 0) == 0 {
+		timeout = proxyTimeout // it may log in somewhere by itself, and ask the person in a browser
+	}
 	d.guard.limit(timeout, "no answer in %s after the connection was made")
 	sc, channels, requests, err := ssh.NewClientConn(t, d.spec.Target.Addr(), config)
 	if late := d.guard.end(); late != nil && err == nil {
@@ -278,9 +287,9 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 		via = "via proxy"
 	}
 	d.debugf("Authenticated to %s (%s) using %q.", d.spec.Target.Host, via, login.method)
-	interval := time.Duration(d.number("serveraliveinterval", 0)) * time.Second
+	interval, count := time.Duration(d.number("serveraliveinterval", 0))*time.Second, d.number("serveralivecountmax", defaultAliveCount)
 	if interval == 0 {
-		interval = defaultAliveInterval
+		interval, count = defaultAliveInterval, max(count, defaultAliveCount)
 	}
 	d.log.Debug().Str("server", use.Printable(info.Version)).Str("kex", info.Kex).Str("cipher", info.Cipher).
 		Str("auth", info.Auth).Msg("connected")
@@ -289,7 +298,7 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 	if trusted.update {
 		c.update = keys.updater(sc.SessionID())
 	}
-	c.start(interval, d.number("serveralivecountmax", defaultAliveCount))
+	c.start(interval, count)
 	return c, nil
 }
 
