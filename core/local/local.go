@@ -145,7 +145,12 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 	}
 
 	var began atomic.Bool // the key exchange is over
-	adm := &admission{h: h, user: cfg.User, done: make(chan struct{}), refuse: cancel}
+	adm := &admission{h: h, user: cfg.User, done: make(chan struct{})}
+	adm.refuse = func(err error) {
+		cancel(err)
+		// Before the method's failure can be sent: ssh would go on to ask for a password that nobody wants.
+		s.Close()
+	}
 	lctx, lcancel := context.WithCancel(ctx)
 	var login sync.WaitGroup
 	defer login.Wait()
@@ -154,11 +159,10 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 	adm.begin = sync.OnceFunc(func() {
 		grace.Stop()
 		login.Go(func() {
-			adm.err = cfg.Login(lctx)
-			close(adm.done)
-			if adm.err != nil {
-				cancel(adm.err) // or ssh would go on to ask for passwords that nobody wants
+			if adm.err = cfg.Login(lctx); adm.err != nil {
+				adm.refuse(adm.err)
 			}
+			close(adm.done)
 		})
 	})
 	config.NoClientAuth = true
