@@ -10,6 +10,7 @@ import (
 // guard ends a handshake that takes too long, by closing its transport: x/crypto/ssh knows no context.
 type guard struct {
 	t    *transport
+	ctx  context.Context
 	stop func() bool // takes the watch off the context
 
 	mu     sync.Mutex // guards what follows
@@ -20,7 +21,7 @@ type guard struct {
 }
 
 func newGuard(ctx context.Context, t *transport) *guard {
-	g := &guard{t: t}
+	g := &guard{t: t, ctx: ctx}
 	g.stop = context.AfterFunc(ctx, func() { g.fail(-1, context.Cause(ctx)) })
 	return g
 }
@@ -70,6 +71,9 @@ func (g *guard) end() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.disarm()
+	if !g.over && g.ctx.Err() != nil { // who was asked has heard of it first
+		g.reason = context.Cause(g.ctx)
+	}
 	g.over = true
 	return g.reason
 }
