@@ -3,13 +3,28 @@ package bridge
 import (
 	"math"
 	"os"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// closeOnExec keeps what this process has inherited beyond its standard streams, as the log of ssh -E, from its children.
+// closeOnExec keeps what this process has inherited beyond its standard streams from its children, and closes it where
+// it can: the log of ssh -E, and dbclient's own ends of the pipes to this process, which would else never end.
 func closeOnExec() {
+	if names, err := os.ReadDir("/proc/self/fd"); err == nil {
+		for _, n := range names {
+			fd, err := strconv.Atoi(n.Name())
+			if err != nil || fd <= 2 {
+				continue
+			}
+			// What this process opened itself is closed on exec already.
+			if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+				unix.Close(fd)
+			}
+		}
+		return
+	}
 	if unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC) == nil {
 		return
 	}
