@@ -51,6 +51,7 @@ type client struct {
 	handshake *local.Handshake
 	batch     bool          // BatchMode: its person is never asked
 	verbose   bool          // ssh -v
+	forwarded string        // identity of the agent that it would forward
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -165,7 +166,7 @@ func (c *client) checkNamespaces() error {
 // and only the bridge can connect that. If it fails, the bridge has been told. The agent is the caller's to close.
 func (c *client) resolve() (pool.Spec, *agent, bool) {
 	if r, ok := c.master.configs.get(c.hello); ok {
-		if spec, ag := r.spec(c.target, nil); c.master.pool.Alive(spec) {
+		if spec, ag := c.spec(&r, nil); c.master.pool.Alive(spec) {
 			return spec, ag, true
 		}
 	}
@@ -187,12 +188,19 @@ func (c *client) resolve() (pool.Spec, *agent, bool) {
 	}
 	r := resolution{res.Config, res.AgentPath, res.Hops}
 	c.master.configs.put(c.hello, r)
-	spec, ag := r.spec(c.target, conn)
+	spec, ag := c.spec(&r, conn)
 	return spec, ag, true
 }
 
-// spec is what to dial. conn is the agent's connection that the bridge made, or nil; the agent owns it, and is the
-// caller's to close.
+// spec is what to dial for the client. conn is the agent's connection that the bridge made, or nil; the agent owns it, and
+// is the caller's to close.
+func (c *client) spec(r *resolution, conn *os.File) (pool.Spec, *agent) {
+	spec, ag := r.spec(c.target, conn)
+	c.forwarded = c.forwardedAgent(&r.config, ag)
+	spec.Lane = c.lane(&r.config)
+	return spec, ag
+}
+
 func (r *resolution) spec(target use.Target, conn *os.File) (pool.Spec, *agent) {
 	spec := pool.Spec{Target: target, Config: &r.config}
 	ag := newAgent(r.agentPath, conn)
@@ -384,6 +392,7 @@ type front struct {
 func (f front) ID() uint64         { return f.c.id }
 func (f front) Caller() use.Caller { return f.c.caller }
 func (f front) Target() use.Target { return f.c.target }
+func (f front) Agent() string      { return f.c.forwarded }
 
 func (f front) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
 	return f.Conn.ServerConn.OpenChannel(kind, extra)

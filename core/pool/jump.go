@@ -81,7 +81,7 @@ func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.D
 
 // jumpConn is a channel of a jump host's upstream as a network connection.
 type jumpConn struct {
-	ssh.Channel
+	*Channel
 	lease  *Lease
 	permit *use.Permit
 	to     use.Target
@@ -91,14 +91,14 @@ type jumpConn struct {
 
 func (c *jumpConn) Write(b []byte) (int, error) {
 	n, err := c.Channel.Write(b)
-	c.lease.Count(int64(n), 0)
+	c.Count(int64(n), 0)
 	return n, err
 }
 
 func (c *jumpConn) Read(b []byte) (int, error) {
 	n, err := c.Channel.Read(b)
-	c.lease.Count(0, int64(n))
-	if err == io.EOF && c.lease.Down() {
+	c.Count(0, int64(n))
+	if err == io.EOF && c.Down() {
 		err = io.ErrUnexpectedEOF // the jump host's end is not the target's
 	}
 	return n, err

@@ -24,6 +24,7 @@ type Pool struct {
 
 	ctx    context.Context // ends with Close; dials live in it
 	cancel context.CancelFunc
+	clock  func() time.Time
 	wg     sync.WaitGroup // dials, watchers and idle decisions
 
 	lastID atomic.Uint64
@@ -31,13 +32,22 @@ type Pool struct {
 	mu      sync.Mutex // guards what follows, and all fields of upstreams and flights that say so
 	ups     []*upstream
 	flights map[flightKey]*flight
+	growths map[laneKey]*growth
+	learned map[string]map[string]bool // by sharing key: the programs that turned out to be bulk
+	wake    chan struct{}              // closed, and made anew, when there may be room for a session
+	quiet   map[string]chan struct{}   // by sharing key: closed when no client is left
 	closed  bool
 }
 
 // New returns an empty pool. The gate is asked for jumps through pooled upstreams. Close ends it and waits.
 func New(d Dialer, r Retainer, gate use.Gate, log zerolog.Logger) *Pool {
-	p := &Pool{dialer: d, retainer: r, gate: gate, log: log, flights: map[flightKey]*flight{}}
+	p := &Pool{
+		dialer: d, retainer: r, gate: gate, log: log, clock: time.Now, flights: map[flightKey]*flight{},
+		growths: map[laneKey]*growth{}, learned: map[string]map[string]bool{}, wake: make(chan struct{}),
+		quiet: map[string]chan struct{}{},
+	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.wg.Go(p.watchClock)
 	return p
 }
 
@@ -56,8 +66,8 @@ func (p *Pool) Close() {
 
 var errClosed = errors.New("the master is stopping")
 
-// flightKey names what one dial serves: the sharing key, and the agent that may log in.
-type flightKey struct{ key, agent string }
+// flightKey names what one dial serves: the sharing key, the agent that may log in, and the agent that is forwarded.
+type flightKey struct{ key, agent, lane string }
 
 // keyOf is the flightKey of a spec. The jump hosts are part of the sharing key with all that they are logged in to by,
 // their agents too: nobody rides through a host that it could not pass, or through another one of the same name.
@@ -67,6 +77,7 @@ func keyOf(spec Spec) flightKey {
 		h := keyOf(hop)
 		k.key += "\x00" + hop.Target.String() + "\x00" + h.key + "\x00" + h.agent
 	}
+	k.lane = spec.Lane.Agent
 	if spec.Agent != nil {
 		k.agent = spec.Agent.ID()
 	}
@@ -77,6 +88,7 @@ func keyOf(spec Spec) flightKey {
 type flight struct {
 	id     uint64
 	target use.Target
+	lane   Lane
 	since  time.Time
 	cancel context.CancelFunc
 	done   chan struct{} // closed when the waiters have their leases, or err is set
@@ -91,7 +103,8 @@ type flight struct {
 
 type waiter struct {
 	asker     Asker
-	spec      Spec          // for Banner, Say and Debug
+	spec      Spec
+	by        use.Use
 	connected func()        // nil once called
 	gone      chan struct{} // closed when the waiter leaves
 	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
@@ -108,26 +121,44 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 		return nil, errors.New("no permit to attach")
 	}
 	k := keyOf(spec)
+	began := time.Now()
 	var l *Lease
 	var f *flight
 	var w *waiter
 	for {
+		var u *upstream
+		var wait <-chan struct{}
 		var err error
-		if l, f, w, err = p.join(k, spec, permit.Use(), ask); err != nil {
+		if l, u, f, w, wait, err = p.join(k, spec, permit.Use(), ask, time.Since(began)); err != nil {
 			return nil, err
+		}
+		if wait != nil {
+			if err := wake(ctx, wait, roomTime); err != nil {
+				return nil, err
+			}
+			continue
 		}
 		if l == nil {
 			break
 		}
-		if err := p.hostKeysStillGood(l, spec); err != nil {
+		err = p.hostKeysStillGood(u, spec)
+		if err != nil {
 			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
-			l.Release()
-			continue // a new dial finds out, and says so
+		} else {
+			err = u.checked(ctx)
 		}
-		if spec.Connected != nil {
+		switch {
+		case err == nil && spec.Connected != nil:
 			spec.Connected()
+			fallthrough
+		case err == nil:
+			return l, nil
 		}
-		return l, nil
+		l.Release()
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		// The next one is another, or a new dial, which finds out and says so.
 	}
 	select {
 	case <-f.done:
@@ -146,22 +177,28 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 }
 
 // join finds a living upstream, or a flight to wait for, starting one if there is none.
-func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *flight, *waiter, error) {
+func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker, waited time.Duration) (
+	l *Lease, u *upstream, f *flight, w *waiter, wait <-chan struct{}, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
-		return nil, nil, nil, errClosed
+		return nil, nil, nil, nil, nil, errClosed
 	}
-	for _, u := range p.ups {
-		if u.serves(k) {
-			return u.leaseLocked(), nil, nil, nil
+	u, room, grow := p.attachLocked(k, spec.Lane.Class)
+	switch {
+	case u != nil && (room || grow):
+		l := p.newLeaseLocked(u, k, spec, by)
+		if grow { // it takes the time of a login, and the client has its own handshake before it
+			p.growLocked(l, spec.Lane)
 		}
+		return l, u, nil, nil, nil, nil
+	case u != nil && waited < roomTime:
+		return nil, nil, nil, nil, p.wake, nil
 	}
-	w := &waiter{asker: ask, spec: spec, connected: spec.Connected, gone: make(chan struct{})}
-	f := p.flights[k]
-	if f == nil {
+	w = &waiter{asker: ask, spec: spec, by: by, connected: spec.Connected, gone: make(chan struct{})}
+	if f = p.flights[k]; f == nil {
 		f = &flight{
-			id: p.lastID.Add(1), target: spec.Target, since: time.Now(),
+			id: p.lastID.Add(1), target: spec.Target, lane: spec.Lane, since: time.Now(),
 			done: make(chan struct{}),
 		}
 		p.flights[k] = f
@@ -178,7 +215,42 @@ func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *fli
 		w.connected = nil
 	}
 	f.waiters = append(f.waiters, w)
-	return nil, f, w, nil
+	return nil, nil, f, w, nil, nil
+}
+
+// roomTime is how long a client waits for room on an upstream before it has its person asked for another login. That is
+// now or never: after the handshake nobody can be asked.
+const roomTime = 3 * time.Second
+
+// attachLocked chooses the upstream that a client attaches to, nil if there is none. room: its sessions may be carried by
+// one that there is. grow: they are better carried by another, which can be had without a person.
+func (p *Pool) attachLocked(k flightKey, class Class) (best *upstream, room, grow bool) {
+	rank := func(u *upstream) int {
+		switch {
+		case !u.hasRoomLocked():
+			return 1
+		case u.lane.Class != class:
+			return 2
+		}
+		return 3
+	}
+	for _, u := range p.ups {
+		if u.serves(k) && (best == nil || rank(u) > rank(best)) {
+			best = u
+		}
+	}
+	if best == nil || rank(best) == 3 {
+		return best, true, false
+	}
+	room = rank(best) == 2
+	switch g := p.growths[laneKey{k, class}]; {
+	case !best.conn.Server().Silent:
+	case room && len(best.leases) == 0:
+		best.setLaneLocked(Lane{class, k.lane})
+	default:
+		grow = g == nil || time.Since(g.failed) > growPause
+	}
+	return best, room, grow
 }
 
 // leave takes a waiter away. A dial that nobody waits for any more is ended, unless it is over.
@@ -273,7 +345,7 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		u.draining = f.drain
 		p.ups = append(p.ups, u)
 		for _, w := range f.waiters {
-			w.lease = u.leaseLocked()
+			w.lease = p.newLeaseLocked(u, keyOf(w.spec), w.spec, w.by)
 		}
 	} else if f.err = err; f.reason != nil {
 		f.err = f.reason
@@ -284,9 +356,14 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		p.log.Info().Stringer("target", spec.Target).Err(err).Msg("dial failed")
 		return
 	}
-	s := conn.Server()
-	p.log.Info().Uint64("upstream", f.id).Stringer("target", spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
-		Str("server", use.Printable(s.Version)).Dur("took", time.Since(f.since)).Msg("upstream is up")
+	p.up(u, f.since)
+}
+
+// up starts what serves a new upstream.
+func (p *Pool) up(u *upstream, since time.Time) {
+	s := u.conn.Server()
+	p.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
+		Str("server", use.Printable(s.Version)).Dur("took", time.Since(since)).Msg("upstream is up")
 	u.run()
 }
 
@@ -371,6 +448,10 @@ type ConnInfo struct {
 	Clients   int
 	Channels  int64
 	In, Out   int64 // bytes of channel data: towards the remote host, from it
+	Sessions  int   // open session channels, the spare among them
+	// MaxSessions is how many sessions the server was found to allow on this connection; 0: not known.
+	MaxSessions int
+	Suspect     bool // the server has given no sign of life when it was asked; no new clients until it does
 }
 
 // List returns all upstreams, those that are being dialled too.
@@ -390,7 +471,7 @@ func (p *Pool) List() []ConnInfo {
 
 func (f *flight) infoLocked() ConnInfo {
 	return ConnInfo{
-		ID: f.id, Target: f.target, Lane: laneInteractive, State: Dialling, Since: f.since, Clients: len(f.waiters),
+		ID: f.id, Target: f.target, Lane: f.lane.String(), State: Dialling, Since: f.since, Clients: len(f.waiters),
 	}
 }
 

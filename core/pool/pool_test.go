@@ -50,15 +50,15 @@ func (c *fakeConn) end(cause error) {
 	})
 }
 
-func (c *fakeConn) Close() error                    { c.end(nil); return nil }
-func (c *fakeConn) Wait() error                     { <-c.ended; return io.EOF }
-func (c *fakeConn) Channels() <-chan ssh.NewChannel { return c.channels }
-func (c *fakeConn) Requests() <-chan *ssh.Request   { return c.requests }
-func (c *fakeConn) Server() ServerInfo              { return ServerInfo{AgentID: c.agent} }
-func (c *fakeConn) Probe(context.Context) error     { return nil }
-func (c *fakeConn) LastHeard() time.Time            { return time.Now() }
-func (c *fakeConn) Over() time.Time                 { return time.Time{} }
-func (c *fakeConn) Cause() error                    { <-c.ended; return c.cause }
+func (c *fakeConn) Close() error                        { c.end(nil); return nil }
+func (c *fakeConn) Wait() error                         { <-c.ended; return io.EOF }
+func (c *fakeConn) Channels() <-chan ssh.NewChannel     { return c.channels }
+func (c *fakeConn) Requests() <-chan *ssh.Request       { return c.requests }
+func (c *fakeConn) Server() ServerInfo                  { return ServerInfo{AgentID: c.agent} }
+func (c *fakeConn) Probe(context.Context, func()) error { return nil }
+func (c *fakeConn) LastHeard() time.Time                { return time.Now() }
+func (c *fakeConn) Over() time.Time                     { return time.Time{} }
+func (c *fakeConn) Cause() error                        { <-c.ended; return c.cause }
 func (c *fakeConn) Down() bool {
 	select {
 	case <-c.ended:
@@ -184,6 +184,13 @@ func acquire(t *testing.T, p *Pool, s Spec) *Lease {
 		t.Fatal(err)
 	}
 	return l
+}
+
+// lossOf waits for the end of an upstream of the lease.
+func lossOf(l *Lease) Loss {
+	c := make(chan Loss, 8)
+	l.Watch(func(loss Loss) { c <- loss })
+	return <-c
 }
 
 func eventually(t *testing.T, what string, cond func() bool) {
@@ -353,7 +360,7 @@ func TestNoGapWhileClosing(t *testing.T) {
 		wg.Go(func() {
 			for range 300 {
 				l := acquire(t, p, spec("alice"))
-				if l.Down() {
+				if l.home.conn.Down() {
 					t.Error("a lease on a closed upstream")
 				}
 				l.Release()
@@ -379,7 +386,7 @@ func TestDrain(t *testing.T) {
 	if fresh.ID() == old.ID() {
 		t.Error("a newcomer rides on a draining upstream")
 	}
-	if old.Down() {
+	if old.home.conn.Down() {
 		t.Error("the draining upstream ended with a client on it")
 	}
 	old.Release()
@@ -395,9 +402,8 @@ func TestCloseMatchingTellsWhy(t *testing.T) {
 	if n := p.CloseMatching(func(c ConnInfo) bool { return c.ID == l.ID() }, why); n != 1 {
 		t.Errorf("%d closed", n)
 	}
-	<-l.Lost()
-	if !errors.Is(l.Reason(), why) {
-		t.Errorf("reason %v", l.Reason())
+	if loss := lossOf(l); !errors.Is(loss.Reason, why) || loss.Elsewhere {
+		t.Errorf("loss %+v", loss)
 	}
 	l.Release()
 
@@ -424,8 +430,7 @@ func TestALostUpstreamIsReplaced(t *testing.T) {
 	if next.ID() == l.ID() {
 		t.Error("a lease on a lost upstream")
 	}
-	<-l.Lost()
-	if got := fmt.Sprint(l.Reason()); got != "h.example.com:22: connection reset by peer" {
+	if got := fmt.Sprint(lossOf(l).Reason); got != "h.example.com:22: connection reset by peer" {
 		t.Errorf("reason %q", got)
 	}
 	l.Release()
@@ -544,7 +549,7 @@ func TestPermits(t *testing.T) {
 			}
 			return err
 		},
-		"session": func(pm *use.Permit) error { _, _, err := l.Session(ctx, pm); return err },
+		"session": func(pm *use.Permit) error { _, _, err := l.Session(ctx, pm, Lane{}, nil); return err },
 		"open":    func(pm *use.Permit) error { _, _, err := l.Open(ctx, pm, "direct-tcpip", nil); return err },
 		"listen":  func(pm *use.Permit) error { _, err := l.Listen(ctx, pm, Addr{Port: 1}, nil); return err },
 		"request": func(pm *use.Permit) error { _, _, err := l.Request(ctx, pm, "x", true, nil); return err },

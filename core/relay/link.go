@@ -26,13 +26,14 @@ type link struct {
 	use        use.Use
 	client     ssh.Channel
 	clientReqs <-chan *ssh.Request
-	server     ssh.Channel
+	server     *pool.Channel
 	serverReqs <-chan *ssh.Request
 	since      time.Time
 
 	in, out atomic.Int64
 
-	turn turn // nil: not a session
+	turn     turn // nil: not a session
+	terminal bool // a session with a pty
 
 	clientClosed chan struct{} // the client has closed its side, or is gone
 	serverClosed chan struct{} // the upstream has closed its side, or is gone, and its requests have been passed on
@@ -45,7 +46,7 @@ type link struct {
 
 // newLink makes a link and lists it; run takes it out again. turn is nil for a channel without stderr.
 func (r *Relay) newLink(u use.Use, turn turn, client ssh.Channel, clientReqs <-chan *ssh.Request,
-	server ssh.Channel, serverReqs <-chan *ssh.Request) *link {
+	server *pool.Channel, serverReqs <-chan *ssh.Request) *link {
 	k := &link{
 		relay: r, use: u, client: client, clientReqs: clientReqs, server: server, serverReqs: serverReqs,
 		since: time.Now(), turn: turn, clientClosed: make(chan struct{}), serverClosed: make(chan struct{}),
@@ -156,7 +157,7 @@ func (k *link) copyDown() {
 		case <-k.clientClosed:
 			return
 		}
-		if k.relay.lease.Down() {
+		if k.server.Down() {
 			return
 		}
 	}
@@ -166,7 +167,7 @@ func (k *link) copyDown() {
 // serverLives tells the server's own EOF or CLOSE from the end of the connection in mid-session. A server that serves one
 // session only closes the connection right after the channel: what it sent before counts.
 func (k *link) serverLives() bool {
-	if !k.relay.lease.Down() {
+	if !k.server.Down() {
 		select {
 		case <-k.ended:
 			return true
@@ -177,14 +178,14 @@ func (k *link) serverLives() bool {
 		select {
 		case <-k.ended:
 			return true
-		case <-k.relay.lease.Lost():
+		case <-k.server.Lost():
 		case <-t.C:
-			if !k.relay.lease.Down() {
+			if !k.server.Down() {
 				return true
 			}
 		}
 	}
-	return pool.ClosedInOrder(k.server)
+	return k.server.ClosedInOrder()
 }
 
 // copy moves data until src ends; nil means that it ended by EOF.
@@ -197,11 +198,11 @@ func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) 
 			if _, err := dst.Write(buf[:n]); err != nil {
 				return err
 			}
-			count.Add(int64(n))
+			k.moved(count.Add(int64(n)), int64(n))
 			if up {
-				k.relay.lease.Count(int64(n), 0)
+				k.server.Count(int64(n), 0)
 			} else {
-				k.relay.lease.Count(0, int64(n))
+				k.server.Count(0, int64(n))
 			}
 		}
 		switch {
@@ -211,6 +212,13 @@ func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) 
 		case err != nil:
 			return err
 		}
+	}
+}
+
+// moved notes how much a session without a terminal has moved, once that says something.
+func (k *link) moved(total, n int64) {
+	if total >= pool.BulkBytes && total-n < pool.BulkBytes && !k.terminal {
+		k.relay.lease.NoteBulk(k.use)
 	}
 }
 
@@ -321,7 +329,7 @@ func (k *link) result() use.Result {
 	if st := k.status.Load(); st != nil {
 		res = *st
 	}
-	if k.relay.lease.Down() && res.ExitCode == nil && res.Signal == "" {
+	if k.server.Down() && res.ExitCode == nil && res.Signal == "" {
 		res.Status = "cut"
 	}
 	res.In, res.Out = k.in.Load(), k.out.Load()

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/rs/zerolog"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/muxproxy/muxproxy/core/pool"
@@ -255,11 +256,15 @@ type conn struct {
 	done  chan struct{} // and its goroutines are
 	err   error         // of x/crypto/ssh; set before done closes
 
+	qos qos
+	log zerolog.Logger
+
 	good keptGood
 }
 
 var (
 	_ pool.Conn          = (*conn)(nil)
+	_ pool.Marker        = (*conn)(nil)
 	_ pool.HostKeyKeeper = (*conn)(nil)
 )
 
@@ -412,9 +417,13 @@ func (c *conn) Cause() error {
 	return nil
 }
 
-// Probe asks the peer for a sign of life. Any byte that comes after the start of Probe is one.
-func (c *conn) Probe(ctx context.Context) error {
+// Probe waits for a sign of life of the peer, which ask provokes. Any byte that comes after the start of Probe is one.
+func (c *conn) Probe(ctx context.Context, ask func()) error {
 	before := c.t.in.Load()
+	if ask == nil {
+		ask = c.poke
+	}
+	asked := false
 	for {
 		heard := c.t.next()
 		switch {
@@ -426,7 +435,10 @@ func (c *conn) Probe(ctx context.Context) error {
 		case c.t.in.Load() != before:
 			return nil
 		}
-		c.poke()
+		if !asked {
+			asked = true
+			ask()
+		}
 		select {
 		case <-heard:
 		case <-ctx.Done():

@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
@@ -48,6 +49,9 @@ type login struct {
 	better bool     // ssh itself could do better
 	denied *Error
 }
+
+// thinkTime is less than a person takes to confirm the use of a key, and more than an agent takes to sign.
+const thinkTime = 700 * time.Millisecond
 
 // identity is a key to log in with. As an ssh.Signer it notes that it was offered and that it signed.
 type identity struct {
@@ -99,7 +103,11 @@ func (i *identity) SignWithAlgorithm(rand io.Reader, data []byte, algorithm stri
 	if err != nil {
 		return nil, err
 	}
+	began := time.Now()
 	sig, err := signer.SignWithAlgorithm(rand, data, algorithm)
+	if touched(i.pub) || time.Since(began) > thinkTime {
+		l.personal = true // a touch, or a confirmation (ssh-add -c)
+	}
 	if err != nil {
 		l.note("%s could not sign: %s", i.label, use.Printable(err.Error()))
 		return nil, err
