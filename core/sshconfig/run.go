@@ -43,8 +43,8 @@ type Request struct {
 // muxproxy's own lines were not there: ssh reads private copies of those files that have such lines.
 //
 // User, Host and Port of the request win over the answer, unless CanonicalizeHostname yes has made another name of the
-// host: ssh leaves that to the proxy where it has one (resolve_canonicalize of ssh.c). They are passed to ssh only if Args has no destination: with
-// one, the answer is the same without them, and Match user sees what the asking ssh saw.
+// host: ssh leaves that to the proxy where it has one (resolve_canonicalize of ssh.c). They are passed to ssh only if
+// Args has no destination: with one, the answer is the same without them, and Match user sees what the asking ssh saw.
 //
 // An error is a line for a person; it is the last thing ssh said, if ssh failed.
 func Run(ctx context.Context, req Request) (*Resolved, error) {
