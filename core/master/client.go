@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,7 +42,7 @@ type client struct {
 	log    zerolog.Logger
 	wire   *wire.Conn
 	hello  wire.Hello
-	target use.Target
+	target use.Target // as asked for, then what that turned out to be
 	caller use.Caller
 	since  time.Time
 
@@ -111,6 +112,7 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	if !ok {
 		return
 	}
+	c.target = spec.Target
 	c.batch = spec.Config.Get("batchmode") == "yes"
 	level := strings.ToUpper(spec.Config.Get("loglevel"))
 	c.verbose = slices.Contains(hello.SSHArgs, "-v") || strings.HasPrefix(level, "DEBUG")
@@ -201,8 +203,19 @@ func (c *client) spec(r *resolution, conn *os.File) (pool.Spec, *agent) {
 	return spec, ag
 }
 
-func (r *resolution) spec(target use.Target, conn *os.File) (pool.Spec, *agent) {
-	spec := pool.Spec{Target: target, Config: &r.config}
+// spec is what to dial for a target that was asked for: itself, but for a canonical name that was found for it. conn is
+// the agent's connection that the bridge made, or nil; the agent owns it, and is the caller's to close.
+func (r *resolution) spec(asked use.Target, conn *os.File) (pool.Spec, *agent) {
+	spec := pool.Spec{Target: asked, Config: &r.config}
+	if user := r.config.Get("user"); user != "" {
+		spec.Target.User = user
+	}
+	if host := strings.Trim(r.config.Get("hostname"), "[]"); host != "" {
+		spec.Target.Host = host
+	}
+	if port, err := strconv.ParseUint(r.config.Get("port"), 10, 16); err == nil && port != 0 {
+		spec.Target.Port = uint16(port)
+	}
 	ag := newAgent(r.agentPath, conn)
 	if ag != nil {
 		spec.Agent = ag
@@ -347,8 +360,8 @@ func (l *login) release() {
 // serveSSH is the SSH server side of a client, and the relay once it has been let in.
 func (c *client) serveSSH(spec pool.Spec, l *login, stream net.Conn) {
 	conn, err := c.master.authority.Accept(c.ctx, stream, local.Config{
-		User:       c.target.User,
-		Principals: local.Principals(c.target.Host, c.target.Alias, spec.Config.Get("hostkeyalias")),
+		User:       c.hello.Target.User, // as this ssh has it
+		Principals: local.Principals(c.hello.Target.Host, c.hello.Target.Alias, spec.Config.Get("hostkeyalias")),
 		Login: func(ctx context.Context) error {
 			select {
 			case <-l.done:

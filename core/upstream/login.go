@@ -209,9 +209,14 @@ func (l *login) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 			i.offered = i.used || i.spent
 		}
 	case l.method == "password" && l.passwordOpen && !l.guard.t.down.Load():
-		// Neither SUCCESS nor FAILURE: x/crypto/ssh takes no SSH_MSG_USERAUTH_PASSWD_CHANGEREQ (RFC 4252 section 8).
-		l.passwordDone = true
-		l.noteBypass("the server wants the password to be changed, which can't be done here")
+		// Neither SUCCESS nor FAILURE: x/crypto/ssh takes no SSH_MSG_USERAUTH_PASSWD_CHANGEREQ (RFC 4252 section 8). The
+		// password was right, so that asking for it by another method would lead nowhere.
+		l.debugf("The server has asked for a change of the password.")
+		l.denied = &Error{
+			Host: use.Printable(l.spec.Target.String()),
+			Msg:  "the server wants the password to be changed, which can't be done here; change it without sharing: " + l.dialing.bypass,
+		}
+		return nil, l.denied
 	}
 	l.passwordOpen = false
 	for _, method := range l.methods() {

@@ -43,6 +43,7 @@ func (d *dialing) connect(ctx context.Context) (net.Conn, error) {
 		if attempt >= d.number("connectionattempts", 1) || ctx.Err() != nil {
 			return nil, d.explainDial(ctx, err)
 		}
+		d.debugf("connect to address %s port %d: %s", d.spec.Target.Host, d.spec.Target.Port, systemText(err))
 		select { // as long as ssh waits
 		case <-time.After(time.Second):
 		case <-ctx.Done():
