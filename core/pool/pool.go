@@ -85,6 +85,7 @@ type flight struct {
 	// guarded by Pool.mu
 	waiters []*waiter // oldest first
 	tcpUp   bool
+	unasked bool  // a question has found nobody to answer it
 	drain   bool  // the upstream takes no others than those that wait
 	reason  error // why we ended it
 }
@@ -94,6 +95,10 @@ type waiter struct {
 	spec      Spec          // for Banner, Say and Debug
 	connected func()        // nil once called
 	gone      chan struct{} // closed when the waiter leaves
+	// late: it came when a question of the dial had found nobody, and was not asked. Set by join.
+	late bool
+	// again: the dial has failed, and not for want of this waiter's answers. Set before the flight's done is closed.
+	again bool
 	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
 	// first could be gone by then, and the upstream with it.
 	lease *Lease
@@ -101,23 +106,27 @@ type waiter struct {
 
 // Acquire returns a lease on an upstream for spec: a living one if there is one that may be shared, else the result
 // of one dial that all who ask for the same share, its error too. permit is the attach permit of the client; ask puts
-// the login's questions to the client's person. A client that leaves (ctx) leaves the dial to the others; the last one
-// ends it. The lease must be released.
+// the login's questions to the client's person; who comes when a question has found nobody to answer it gets another dial
+// if that one fails. A client that leaves (ctx) leaves the dial to the others; the last one ends it. The lease must be
+// released.
 func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask Asker) (*Lease, error) {
 	if !permit.Valid(use.Attach, use.Jump) {
 		return nil, errors.New("no permit to attach")
 	}
 	k := keyOf(spec)
-	var l *Lease
-	var f *flight
-	var w *waiter
+	if spec.Connected != nil {
+		spec.Connected = sync.OnceFunc(spec.Connected)
+	}
 	for {
-		var err error
-		if l, f, w, err = p.join(k, spec, permit.Use(), ask); err != nil {
+		l, f, w, err := p.join(k, spec, permit.Use(), ask)
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if l == nil {
-			break
+		case l == nil:
+			if l, err = p.await(ctx, f, w); ctx.Err() == nil && w.again {
+				continue
+			}
+			return l, err
 		}
 		if err := p.hostKeysStillGood(l, spec); err != nil {
 			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
@@ -129,6 +138,10 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 		}
 		return l, nil
 	}
+}
+
+// await waits for a flight's result, and leaves it.
+func (p *Pool) await(ctx context.Context, f *flight, w *waiter) (*Lease, error) {
 	select {
 	case <-f.done:
 	case <-ctx.Done():
@@ -177,6 +190,7 @@ func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *fli
 		p.wg.Go(w.connected)
 		w.connected = nil
 	}
+	w.late = f.unasked
 	f.waiters = append(f.waiters, w)
 	return nil, f, w, nil
 }
@@ -277,6 +291,10 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		}
 	} else if f.err = err; f.reason != nil {
 		f.err = f.reason
+	} else {
+		for _, w := range f.waiters {
+			w.again = w.late
+		}
 	}
 	close(f.done)
 	p.mu.Unlock()
@@ -320,6 +338,7 @@ func (a flightAsker) Ask(ctx context.Context, q Question) ([]string, error) {
 				break
 			}
 		}
+		a.f.unasked = a.f.unasked || w == nil
 		a.p.mu.Unlock()
 		if w == nil {
 			return nil, ErrNobody

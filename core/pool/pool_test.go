@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -86,6 +87,8 @@ type dialer struct {
 	agent bool // the agent's key logs in
 	ask   bool // puts a question
 	asked chan []string
+	// nobody gets a value when the question has found nobody; the dial then fails as soon as hold lets it. nil: at once.
+	nobody chan struct{}
 }
 
 func (d *dialer) Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error) {
@@ -98,7 +101,11 @@ func (d *dialer) Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error) {
 	if d.ask {
 		answers, err := ask.Ask(ctx, Question{Prompts: []Prompt{{Text: "Password: "}}})
 		if err != nil {
-			return nil, err
+			if d.nobody != nil {
+				d.nobody <- struct{}{}
+				<-d.hold
+			}
+			return nil, errors.New("h.example.com:22: permission denied") // a driver's line, which does not wrap ErrNobody
 		}
 		d.asked <- answers
 	}
@@ -519,6 +526,53 @@ func TestAQuestionGoesToTheNextIfTheAskedLeaves(t *testing.T) {
 	}
 	for range 2 {
 		(<-done).Release()
+	}
+}
+
+// Who comes to a dial that has given up asking is asked by the next one, once, whatever the first one's error says.
+func TestWhoComesAfterTheQuestionIsAskedAgain(t *testing.T) {
+	for name, late := range map[string]struct {
+		asker Asker
+		in    bool
+	}{"a person": {person{answer: "secret"}, true}, "nobody": {noAsker{}, false}} {
+		t.Run(name, func(t *testing.T) {
+			d := &dialer{ask: true, asked: make(chan []string, 1), hold: make(chan struct{}), nobody: make(chan struct{}, 2)}
+			p := newPool(t, d, CloseAtOnce{})
+			attach := func(a Asker) chan error {
+				done := make(chan error, 1)
+				s := spec("alice")
+				connected := 0
+				s.Connected = func() { connected++ }
+				go func() {
+					l, err := p.Acquire(context.Background(), permit(t, use.Attach), s, a)
+					if err == nil {
+						l.Release()
+					}
+					if connected != 1 {
+						t.Errorf("told %d times that the transport is up", connected)
+					}
+					done <- err
+				}()
+				return done
+			}
+			first := attach(noAsker{})
+			<-d.nobody
+			second := attach(late.asker)
+			eventually(t, "both wait", func() bool { l := p.List(); return len(l) == 1 && l[0].Clients == 2 })
+			close(d.hold)
+			if err := <-first; err == nil {
+				t.Error("who can't be asked was let in")
+			}
+			if err := <-second; (err == nil) != late.in {
+				t.Fatalf("the second got %v", err)
+			}
+			if late.in && !slices.Equal(<-d.asked, []string{"secret"}) {
+				t.Error("another answer came")
+			}
+			if d.count() != 2 {
+				t.Errorf("%d dials", d.count())
+			}
+		})
 	}
 }
 
