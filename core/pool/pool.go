@@ -82,6 +82,8 @@ type flight struct {
 	done   chan struct{} // closed when the waiters have their leases, or err is set
 	err    error
 
+	through *upstream // the last jump host's; nil: none. The dial's own
+
 	// guarded by Pool.mu
 	waiters []*waiter // oldest first
 	tcpUp   bool
@@ -128,7 +130,7 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 			}
 			return l, err
 		}
-		if err := p.hostKeysStillGood(l, spec); err != nil {
+		if err := hostKeysStillGood(l, spec); err != nil {
 			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
 			l.Release()
 			continue // a new dial finds out, and says so
@@ -184,7 +186,7 @@ func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *fli
 		spec.Banner = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Banner }) }
 		spec.Say = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Say }) }
 		spec.Debug = func(s string) { p.debug(f, s) }
-		spec.Transport = p.transport(spec, by, flightAsker{p, f})
+		spec.Transport = p.transport(spec, by, f)
 		p.wg.Go(func() { p.dial(ctx, k, spec, f) })
 	} else if f.tcpUp && w.connected != nil {
 		p.wg.Go(w.connected)
@@ -284,6 +286,7 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 	var u *upstream
 	if err == nil {
 		u = newUpstream(p, f.id, k, spec, conn)
+		u.through = f.through
 		u.draining = f.drain
 		p.ups = append(p.ups, u)
 		for _, w := range f.waiters {

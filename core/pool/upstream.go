@@ -18,13 +18,15 @@ const laneInteractive = "interactive"
 
 // upstream is one SSH connection to a remote host and what the pool knows of it.
 type upstream struct {
-	pool  *Pool
-	id    uint64
-	key   string
-	spec  Spec
-	conn  Conn
-	since time.Time
-	dead  chan struct{} // closed when the connection has ended and the upstream has left the list
+	pool *Pool
+	id   uint64
+	key  string
+	spec Spec
+	conn Conn
+	// through is the last jump host's upstream, which carries this one; nil: none. Set before the first lease.
+	through *upstream
+	since   time.Time
+	dead    chan struct{} // closed when the connection has ended and the upstream has left the list
 
 	channels atomic.Int64
 	in, out  atomic.Int64
@@ -258,29 +260,20 @@ type Lease struct {
 
 // hostKeysStillGood checks what the user's files say now about the keys that the server and the jump hosts on the way
 // have shown. If they don't like one any more, its upstream and l's take no new clients.
-func (p *Pool) hostKeysStillGood(l *Lease, spec Spec) error {
-	err := l.up.hostKeyStillGood(spec)
-	for i, hop := range spec.Via {
-		if err != nil {
-			break
+func hostKeysStillGood(l *Lease, spec Spec) error {
+	// The upstreams that carry l's, which may take no new clients themselves, rather than any for the same jump hosts.
+	for u := l.up; u != nil; u = u.through {
+		if err := u.hostKeyStillGood(spec); err != nil {
+			l.up.drain()
+			return err
 		}
-		hop.Via = spec.Via[:i]
-		k := keyOf(hop)
-		p.mu.Lock()
-		at := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.serves(k) })
-		var u *upstream
-		if at >= 0 {
-			u = p.ups[at]
-		}
-		p.mu.Unlock()
-		if u != nil {
-			err = u.hostKeyStillGood(hop)
+		if last := len(spec.Via) - 1; last >= 0 { // as many as there are upstreams below: they are part of the sharing key
+			hop := spec.Via[last]
+			hop.Via = spec.Via[:last]
+			spec = hop
 		}
 	}
-	if err != nil {
-		l.up.drain()
-	}
-	return err
+	return nil
 }
 
 func (u *upstream) hostKeyStillGood(spec Spec) error {
