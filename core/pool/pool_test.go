@@ -410,7 +410,7 @@ func TestARevokedKeyOnTheWay(t *testing.T) {
 			j.revoke(c.user)
 			_, err := p.Acquire(t.Context(), permit(t, use.Attach), far, noAsker{})
 			if err == nil || err.Error() != "the host key of "+c.user+" is revoked" {
-				t.Errorf("got %v", err)
+				t.Fatalf("got %v", err)
 			}
 			draining := 0
 			for _, u := range p.List() {
