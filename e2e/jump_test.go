@@ -191,6 +191,36 @@ func TestAHostKeyQuestionOnTheSecondHop(t *testing.T) {
 	})
 }
 
+// What known_hosts says now of a jump host decides whether the next client rides through it.
+func TestARevokedJumpHostKeepsTheNextClientOut(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		h := newHops(w, 2)
+		conf := h.config("revoked.conf", map[string]string{"hop2": "ProxyJump hop1"})
+		run := func(host string) result { return w.noTTY(conf, host, whichKey).wait(2 * patience) }
+		first := w.start(spec{args: []string{"ssh", "-F", conf, "hop2", "cat"}})
+		first.echo("held")
+		want(t, run("hop2"), 0, "by hop2\n")
+		known := w.read("known_hosts")
+		for _, k := range hostKeys {
+			w.append("known_hosts", fmt.Sprintf("@revoked [127.0.0.1]:%d %s\n", h.links[0].port(), publicKey(k.kind)))
+		}
+		for _, host := range []string{"hop2", "hop1", "hop2"} { // the second ends the jump host's part in it
+			r := run(host)
+			want(t, r, 255, "")
+			if w.mode == pipes {
+				if line := oneLine(t, r); !strings.Contains(line, fmt.Sprintf("127.0.0.1:%d: ", h.links[0].port())) ||
+					!strings.Contains(line, "revoked") {
+					t.Errorf("%s: muxproxy says %q", host, line)
+				}
+			}
+		}
+		w.write("known_hosts", known)
+		want(t, run("hop2"), 0, "by hop2\n")
+		first.echo("still here")
+		first.release()
+	})
+}
+
 // Two aliases of one host with keys of their own are two users to the server, whose rights are not mixed.
 func TestTwoAliasesHaveTheRightsOfTheirKeys(t *testing.T) {
 	forEach(t, func(t *testing.T, w *world) {

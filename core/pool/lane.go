@@ -255,15 +255,16 @@ func (p *Pool) growLocked(l *Lease, lane Lane) <-chan struct{} {
 		spec := l.spec
 		spec.Lane, spec.Silent = lane, true
 		spec.Connected, spec.Banner, spec.Say, spec.Debug = nil, nil, nil, nil
-		spec.Transport = p.transport(spec, l.by, nobody{})
-		p.wg.Go(func() { p.grow(k, spec, lane, g) })
+		p.wg.Go(func() { p.grow(k, spec, l.by, g) })
 	}
 	return p.wake
 }
 
-func (p *Pool) grow(k laneKey, spec Spec, lane Lane, g *growth) {
+func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
 	began := time.Now()
 	id := p.lastID.Add(1)
+	var through *upstream
+	spec.Transport = p.transport(spec, by, nobody{}, func(u *upstream) { through = u })
 	conn, err := p.dialer.Dial(p.ctx, spec, nobody{})
 	p.mu.Lock()
 	g.dials--
@@ -274,7 +275,7 @@ func (p *Pool) grow(k laneKey, spec Spec, lane Lane, g *growth) {
 	var u *upstream
 	if err == nil {
 		u = newUpstream(p, id, k.flightKey, spec, conn)
-		u.lane = lane
+		u.through = through
 		p.ups = append(p.ups, u)
 		u.keepSpareLocked()
 		// Those who waited for it may have left.
@@ -287,7 +288,7 @@ func (p *Pool) grow(k laneKey, spec Spec, lane Lane, g *growth) {
 	p.wakeLocked()
 	p.mu.Unlock()
 	if err != nil {
-		p.log.Info().Stringer("target", spec.Target).Stringer("lane", lane).Err(err).Msg("no further connection")
+		p.log.Info().Stringer("target", spec.Target).Stringer("lane", spec.Lane).Err(err).Msg("no further connection")
 		return
 	}
 	p.up(u, began)

@@ -94,9 +94,12 @@ type flight struct {
 	done   chan struct{} // closed when the waiters have their leases, or err is set
 	err    error
 
+	through *upstream // the last jump host's; nil: none. The dial's own
+
 	// guarded by Pool.mu
 	waiters []*waiter // oldest first
 	tcpUp   bool
+	unasked bool  // a question has found nobody to answer it
 	drain   bool  // the upstream takes no others than those that wait
 	reason  error // why we ended it
 }
@@ -107,6 +110,10 @@ type waiter struct {
 	by        use.Use
 	connected func()        // nil once called
 	gone      chan struct{} // closed when the waiter leaves
+	// late: it came when a question of the dial had found nobody, and was not asked. Set by join.
+	late bool
+	// again: the dial has failed, and not for want of this waiter's answers. Set before the flight's done is closed.
+	again bool
 	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
 	// first could be gone by then, and the upstream with it.
 	lease *Lease
@@ -114,35 +121,35 @@ type waiter struct {
 
 // Acquire returns a lease on an upstream for spec: a living one if there is one that may be shared, else the result
 // of one dial that all who ask for the same share, its error too. permit is the attach permit of the client; ask puts
-// the login's questions to the client's person. A client that leaves (ctx) leaves the dial to the others; the last one
-// ends it. The lease must be released.
+// the login's questions to the client's person; who comes when a question has found nobody to answer it gets another dial
+// if that one fails. A client that leaves (ctx) leaves the dial to the others; the last one ends it. The lease must be
+// released.
 func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask Asker) (*Lease, error) {
 	if !permit.Valid(use.Attach, use.Jump) {
 		return nil, errors.New("no permit to attach")
 	}
 	k := keyOf(spec)
 	began := time.Now()
-	var l *Lease
-	var f *flight
-	var w *waiter
+	if spec.Connected != nil {
+		spec.Connected = sync.OnceFunc(spec.Connected)
+	}
 	for {
-		var u *upstream
-		var wait <-chan struct{}
-		var err error
-		if l, u, f, w, wait, err = p.join(k, spec, permit.Use(), ask, time.Since(began)); err != nil {
+		l, u, f, w, wait, err := p.join(k, spec, permit.Use(), ask, time.Since(began))
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if wait != nil {
+		case wait != nil:
 			if err := wake(ctx, wait, roomTime); err != nil {
 				return nil, err
 			}
 			continue
+		case l == nil:
+			if l, err = p.await(ctx, f, w); ctx.Err() == nil && w.again {
+				continue
+			}
+			return l, err
 		}
-		if l == nil {
-			break
-		}
-		err = p.hostKeysStillGood(u, spec)
-		if err != nil {
+		if err = hostKeysStillGood(u, spec); err != nil {
 			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
 		} else {
 			err = u.checked(ctx)
@@ -160,6 +167,10 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 		}
 		// The next one is another, or a new dial, which finds out and says so.
 	}
+}
+
+// await waits for a flight's result, and leaves it.
+func (p *Pool) await(ctx context.Context, f *flight, w *waiter) (*Lease, error) {
 	select {
 	case <-f.done:
 	case <-ctx.Done():
@@ -208,12 +219,13 @@ func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker, waited time.D
 		spec.Banner = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Banner }) }
 		spec.Say = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Say }) }
 		spec.Debug = func(s string) { p.debug(f, s) }
-		spec.Transport = p.transport(spec, by, flightAsker{p, f})
+		spec.Transport = p.transport(spec, by, flightAsker{p, f}, func(u *upstream) { f.through = u })
 		p.wg.Go(func() { p.dial(ctx, k, spec, f) })
 	} else if f.tcpUp && w.connected != nil {
 		p.wg.Go(w.connected)
 		w.connected = nil
 	}
+	w.late = f.unasked
 	f.waiters = append(f.waiters, w)
 	return nil, nil, f, w, nil, nil
 }
@@ -342,6 +354,7 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 	var u *upstream
 	if err == nil {
 		u = newUpstream(p, f.id, k, spec, conn)
+		u.through = f.through
 		u.draining = f.drain
 		p.ups = append(p.ups, u)
 		for _, w := range f.waiters {
@@ -349,6 +362,10 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		}
 	} else if f.err = err; f.reason != nil {
 		f.err = f.reason
+	} else {
+		for _, w := range f.waiters {
+			w.again = w.late
+		}
 	}
 	close(f.done)
 	p.mu.Unlock()
@@ -397,6 +414,7 @@ func (a flightAsker) Ask(ctx context.Context, q Question) ([]string, error) {
 				break
 			}
 		}
+		a.f.unasked = a.f.unasked || w == nil
 		a.p.mu.Unlock()
 		if w == nil {
 			return nil, ErrNobody

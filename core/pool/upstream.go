@@ -12,13 +12,15 @@ import (
 
 // upstream is one SSH connection to a remote host and what the pool knows of it.
 type upstream struct {
-	pool  *Pool
-	id    uint64
-	key   string
-	spec  Spec
-	conn  Conn
-	since time.Time
-	dead  chan struct{} // closed when the connection has ended and the upstream has left the list
+	pool *Pool
+	id   uint64
+	key  string
+	spec Spec
+	conn Conn
+	// through is the last jump host's upstream, which carries this one; nil: none. Set before the first lease.
+	through *upstream
+	since   time.Time
+	dead    chan struct{} // closed when the connection has ended and the upstream has left the list
 
 	channels atomic.Int64
 	in, out  atomic.Int64
@@ -315,29 +317,20 @@ func (u *upstream) drain() {
 
 // hostKeysStillGood checks what the user's files say now about the keys that the server and the jump hosts on the way
 // have shown. If they don't like one any more, its upstream and u take no new clients.
-func (p *Pool) hostKeysStillGood(u *upstream, spec Spec) error {
-	err := u.hostKeyStillGood(spec)
-	for i, hop := range spec.Via {
-		if err != nil {
-			break
+func hostKeysStillGood(u *upstream, spec Spec) error {
+	// The upstreams that carry it, which may take no new clients themselves, rather than any for the same jump hosts.
+	for o := u; o != nil; o = o.through {
+		if err := o.hostKeyStillGood(spec); err != nil {
+			u.drain()
+			return err
 		}
-		hop.Via = spec.Via[:i]
-		k := keyOf(hop)
-		p.mu.Lock()
-		at := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.serves(k) })
-		var jump *upstream
-		if at >= 0 {
-			jump = p.ups[at]
-		}
-		p.mu.Unlock()
-		if jump != nil {
-			err = jump.hostKeyStillGood(hop)
+		if last := len(spec.Via) - 1; last >= 0 { // as many as there are upstreams below: they are part of the sharing key
+			hop := spec.Via[last]
+			hop.Via = spec.Via[:last]
+			spec = hop
 		}
 	}
-	if err != nil {
-		u.drain()
-	}
-	return err
+	return nil
 }
 
 func (u *upstream) hostKeyStillGood(spec Spec) error {

@@ -251,7 +251,9 @@ type conn struct {
 	update   *updater      // nil: the server's other host keys don't matter
 	updated  chan struct{} // closed when update has done what it can
 
-	ping  chan struct{} // asks for a keepalive; one slot, since one outstanding request is enough
+	globals globals
+
+	ping  chan struct{} // asks for a sign of life; one slot
 	ended chan struct{} // the connection is over
 	done  chan struct{} // and its goroutines are
 	err   error         // of x/crypto/ssh; set before done closes
@@ -447,7 +449,7 @@ func (c *conn) Probe(ctx context.Context, ask func()) error {
 	}
 }
 
-// poke asks for a keepalive if none is under way.
+// poke asks for a sign of life.
 func (c *conn) poke() {
 	select {
 	case c.ping <- struct{}{}:
@@ -455,22 +457,8 @@ func (c *conn) poke() {
 	}
 }
 
-// pinger sends keepalives, one at a time. Global requests carry no ids (RFC 4254 section 4), so a reply can wait behind one
-// that the peer is slow to answer; its bytes are life all the same.
-func (c *conn) pinger() {
-	for {
-		select {
-		case <-c.ping:
-		case <-c.ended:
-			return
-		}
-		if _, _, err := c.Conn.SendRequest("keepalive@openssh.com", true, nil); err != nil {
-			return // the connection has ended
-		}
-	}
-}
-
-// keepAlive ends the connection when count keepalives, one per interval of silence, brought nothing back.
+// keepAlive ends the connection when count keepalives, or what stands for them, one per interval of silence, brought nothing
+// back.
 func (c *conn) keepAlive(interval time.Duration, count int) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
