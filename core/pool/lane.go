@@ -105,20 +105,23 @@ func (l *Lease) Classify(u use.Use, terminal bool) Class {
 	return Interactive
 }
 
-// NoteBulk says that a session without a terminal has moved BulkBytes. Its successors go to the bulk lane.
-func (l *Lease) NoteBulk(u use.Use) {
+// NoteMoved says how many bytes a session without a terminal has moved, at least or in all. One that turns out to be bulk
+// moves its successors to the bulk lane, one that turns out to be small takes them back.
+func (l *Lease) NoteMoved(u use.Use, n int64) {
 	program := programOf(u)
-	if program == "" {
+	if program == "" || KnownBulk(u) {
 		return
 	}
 	l.pool.mu.Lock()
 	defer l.pool.mu.Unlock()
 	set := l.pool.learned[l.key.key]
-	if set == nil {
-		set = map[string]bool{}
-		l.pool.learned[l.key.key] = set
-	}
-	if len(set) < maxLearned {
+	switch {
+	case n < BulkBytes/8:
+		delete(set, program)
+	case n < BulkBytes:
+	case set == nil:
+		l.pool.learned[l.key.key] = map[string]bool{program: true}
+	case len(set) < maxLearned:
 		set[program] = true
 	}
 }

@@ -69,6 +69,9 @@ func (k *link) run() {
 		delete(k.relay.links, k)
 		k.relay.mu.Unlock()
 		close(k.over)
+		if k.classed() {
+			k.relay.lease.NoteMoved(k.use, max(k.in.Load(), k.out.Load()))
+		}
 	}()
 	upDone := make(chan struct{})
 	downDone := make(chan struct{})
@@ -215,12 +218,15 @@ func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) 
 	}
 }
 
-// moved notes how much a session without a terminal has moved, once that says something.
+// moved notes that a session without a terminal has moved much, once.
 func (k *link) moved(total, n int64) {
-	if total >= pool.BulkBytes && total-n < pool.BulkBytes && !k.terminal {
-		k.relay.lease.NoteBulk(k.use)
+	if total >= pool.BulkBytes && total-n < pool.BulkBytes && k.classed() {
+		k.relay.lease.NoteMoved(k.use, total)
 	}
 }
+
+// classed tells whether what the session moves says something about those that run the same.
+func (k *link) classed() bool { return k.isSession() && !k.terminal }
 
 // turn is held by whoever writes to a client's stderr, or ends its streams: x/crypto allows one at a time. nil: there
 // is no stderr.
