@@ -51,9 +51,9 @@ var loads = []load{
 
 // echo types into a remote terminal, one byte at a time, and waits for each to come back.
 func echo(ctx context.Context, b *bench) error {
-	ways := allWays
+	ways, loads := allWays, loads
 	if b.quick {
-		ways = []way{controlMaster, fdpass}
+		ways, loads = []way{controlMaster, fdpass}, []load{loads[0], loads[3]}
 	}
 	for _, q := range []struct {
 		name string
@@ -62,14 +62,14 @@ func echo(ctx context.Context, b *bench) error {
 		{"fair", link.Config{RTT: echoRTT, Bandwidth: echoBandwidth, Queue: fairQueue, Fair: true}},
 		{"plain", link.Config{RTT: echoRTT, Bandwidth: echoBandwidth, Queue: plainQueue}},
 	} {
-		if err := b.inWorld(ctx, setting{link: &q.link}, func(w *world) error { return w.echoes(ctx, ways, q.name) }); err != nil {
+		if err := b.inWorld(ctx, setting{link: &q.link}, func(w *world) error { return w.echoes(ctx, ways, loads, q.name) }); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (w *world) echoes(ctx context.Context, ways []way, queue string) error {
+func (w *world) echoes(ctx context.Context, ways []way, loads []load, queue string) error {
 	b := w.b
 	if _, err := w.holdAll(ctx, ways); err != nil {
 		return err
@@ -116,7 +116,7 @@ func (w *world) echoes(ctx context.Context, ways []way, queue string) error {
 func (w *world) typeUnder(ctx context.Context, s *session, l load, by way) ([]float64, error) {
 	lasting := 10 * time.Second
 	if w.b.quick {
-		lasting = 2500 * time.Millisecond
+		lasting = 2 * time.Second
 	}
 	if l.cmd == nil {
 		return s.typing(ctx, lasting)

@@ -110,7 +110,7 @@ func memory(ctx context.Context, b *bench) error {
 					return fmt.Errorf("client %d: %w", len(sessions[pipes])+len(guests), err)
 				}
 			}
-			mine, err := settled(ctx, w.master)
+			mine, err := b.settled(ctx, w.master)
 			if err != nil {
 				return err
 			}
@@ -129,7 +129,7 @@ func memory(ctx context.Context, b *bench) error {
 				pss.put(pipes, mine.pss/1024)
 			}
 			if n <= real {
-				theirs, err := settled(ctx, sessions[controlMaster][0].pid())
+				theirs, err := b.settled(ctx, sessions[controlMaster][0].pid())
 				if err != nil {
 					return err
 				}
@@ -155,10 +155,10 @@ func (m mem) best() float64 {
 	return m.rss
 }
 
-// settled is the least of some looks at a process's memory.
-func settled(ctx context.Context, pid int) (mem, error) {
+// settled is the least of some looks at a process's memory, a second apart.
+func (b *bench) settled(ctx context.Context, pid int) (mem, error) {
 	var least mem
-	for i := range 4 {
+	for i := range b.rounds(4, 2) {
 		if i > 0 {
 			select {
 			case <-ctx.Done():
@@ -246,14 +246,14 @@ func growth(ctx context.Context, b *bench) error {
 			if err := attach(n); err != nil {
 				return 0, err
 			}
-			before, err := settled(ctx, w.master)
+			before, err := b.settled(ctx, w.master)
 			if err != nil {
 				return 0, err
 			}
 			if err := attach(n + step); err != nil {
 				return 0, err
 			}
-			after, err := settled(ctx, w.master)
+			after, err := b.settled(ctx, w.master)
 			return (after.best() - before.best()) / float64(step), err
 		}
 

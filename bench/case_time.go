@@ -39,7 +39,7 @@ func shared(ctx context.Context, b *bench) error {
 				return err
 			}
 			m := b.add("ssh host true, shared, "+place(rtt), "ms", goals[rtt])
-			return b.turns(b.rounds(15, 7), allWays, func(_ int, by way) error {
+			return b.turns(b.rounds(15, 5), allWays, func(_ int, by way) error {
 				ms, err := w.timed(ctx, w.ssh(by, "box", "true"))
 				m.put(by, ms)
 				return err
@@ -57,7 +57,7 @@ func first(ctx context.Context, b *bench) error {
 	for _, rtt := range distances {
 		err := b.inWorld(ctx, setting{link: far(rtt)}, func(w *world) error {
 			m := b.add("ssh host true, first, "+place(rtt), "ms", nil)
-			return b.turns(b.rounds(9, 3), allWays, func(_ int, by way) error {
+			return b.turns(b.rounds(9, 2), allWays, func(_ int, by way) error {
 				args := []string{"box", "true"}
 				if by == controlMaster {
 					args = append([]string{"-o", "ControlMaster=yes"}, args...)

@@ -24,6 +24,9 @@ type guest struct {
 
 // guest attaches a client. The caller closes it.
 func (w *world) guest(ctx context.Context) (*guest, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	nc, err := w.connect(ctx)
 	if err != nil {
 		return nil, err
@@ -82,8 +85,10 @@ func shake(c *wire.Conn, user string) (*guest, error) {
 	return &guest{client: ssh.NewClient(conn, channels, requests)}, nil
 }
 
-// hold opens a session that stays.
+// hold opens a session that stays, in time.
 func (g *guest) hold() error {
+	late := time.AfterFunc(patience, func() { g.client.Close() })
+	defer late.Stop()
 	s, err := g.client.NewSession()
 	if err != nil {
 		return err
@@ -105,8 +110,10 @@ func (g *guest) hold() error {
 	return nil
 }
 
-// run runs a command in a session of its own.
+// run runs a command in a session of its own, in time.
 func (g *guest) run(command string) error {
+	late := time.AfterFunc(patience, func() { g.client.Close() })
+	defer late.Stop()
 	s, err := g.client.NewSession()
 	if err != nil {
 		return err

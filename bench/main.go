@@ -149,8 +149,7 @@ type bench struct {
 	dir     string // holds everything that this run makes
 	sshd    string // its absolute path
 	me      string
-	extra   []string // options that only some versions of sshd know
-	current string   // the case
+	current string // the case
 	report  report
 }
 
