@@ -202,6 +202,8 @@ func (w *world) startSSHD(ctx context.Context, maxSessions int) error {
 	if maxSessions == 0 {
 		maxSessions = 5000
 	}
+	// With the user's own HOME, bash would run ~/.bashrc before each command below sshd, which can take longer than
+	// everything that is measured here.
 	lines := fmt.Sprintf(`ListenAddress 127.0.0.1
 HostKey %s
 AuthorizedKeysFile %s
@@ -217,8 +219,9 @@ MaxStartups 2000
 UseDNS no
 PrintMotd no
 PrintLastLog no
+SetEnv HOME=%s
 Subsystem sftp internal-sftp
-`, w.path("host_key"), w.path("authorized_keys"), maxSessions)
+`, w.path("host_key"), w.path("authorized_keys"), maxSessions, w.path("home"))
 	// Since OpenSSH 9.8 many connections from one address can be taken for an attack. Older ones don't know the option.
 	const calm = "PerSourcePenalties no\n"
 	if err := w.write("sshd_config", lines+calm); err != nil {
