@@ -114,7 +114,7 @@ func (w *world) echoes(ctx context.Context, ways []way, loads []load, queue stri
 
 // typeUnder returns how many milliseconds each byte took while a load ran.
 func (w *world) typeUnder(ctx context.Context, s *session, l load, by way) ([]float64, error) {
-	lasting := 10 * time.Second
+	lasting := 4 * time.Second
 	if w.b.quick {
 		lasting = 2 * time.Second
 	}
@@ -131,7 +131,7 @@ func (w *world) typeUnder(ctx context.Context, s *session, l load, by way) ([]fl
 		return nil, err
 	}
 	defer p.kill()
-	warm := 3 * time.Second // until every queue on the way is full
+	warm := 2 * time.Second // until every queue on the way is full
 	if w.b.quick {
 		warm = 1500 * time.Millisecond
 	}
