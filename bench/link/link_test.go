@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -264,6 +265,17 @@ func TestCut(t *testing.T) {
 		})
 	}
 	silent.Wait()
+	// What waits still has to pass the bandwidth.
+	queued := func() int {
+		w.link.up.mu.Lock()
+		defer w.link.up.mu.Unlock()
+		return w.link.up.sched.queued
+	}
+	for end := time.Now().Add(patience); queued() != len("during"); runtime.Gosched() {
+		if time.Now().After(end) {
+			t.Fatalf("%d bytes are queued during the cut", queued())
+		}
+	}
 	w.link.Cut(false)
 	got := make([]byte, len("during"))
 	s.SetReadDeadline(time.Now().Add(patience))
