@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -77,8 +78,7 @@ func compile(r *report, e hclsyntax.Expression, want cty.Type, s scope, where st
 	before := len(r.list)
 	out := &expr{hcl: e, rng: e.Range(), text: strings.TrimSpace(string(e.Range().SliceBytes(r.src)))}
 	out.variables(r, s, where)
-	plainExpr(r, e)
-	c := &checker{report: r}
+	c := &checker{report: r, plain: plainExpr(r, e)}
 	c.prepare(e)
 	v, diags := value(e, s.unknowns())
 	r.foreign(diags)
@@ -91,7 +91,7 @@ func compile(r *report, e hclsyntax.Expression, want cty.Type, s scope, where st
 		r.wrong(out.rng, typeName(want), "%s can't be null", where)
 	case got == cty.DynamicPseudoType && !v.IsKnown(): // only a use will show
 	case want == cty.Bool && got != cty.Bool:
-		r.wrong(out.rng, "an expression that is true or false; nothing is converted", "%s is %s, not true or false", where,
+		r.wrong(out.rng, "a bool; nothing is converted", "%s is %s, not a bool", where,
 			typeName(got))
 	case !want.Equals(got) && !(v.IsWhollyKnown() && conforms(v, want)) && !unifies(got, want):
 		r.wrong(out.rng, typeName(want), "%s must be %s, not %s", where, typeName(want), typeName(got))
@@ -394,17 +394,19 @@ func (o operator) operation(op *hclsyntax.Operation, report func(error)) *hclsyn
 	return out
 }
 
+var errNull = errors.New("an operand is null")
+
 // mismatch says what is wrong with the operands.
 func (o operator) mismatch(args []cty.Value) error {
 	for _, a := range args {
 		if a.IsNull() {
-			return fmt.Errorf("%s can't take null", o.sign)
+			return errNull
 		}
 	}
 	if o.take != cty.DynamicPseudoType {
 		for _, a := range args {
 			if t := a.Type(); t != o.take && t != cty.DynamicPseudoType {
-				return fmt.Errorf("%s takes %s, not %s", o.sign, operand(o.take), typeName(t))
+				return fmt.Errorf("%s takes %s, not %s", o.sign, typeName(o.take), typeName(t))
 			}
 		}
 		return nil
@@ -413,14 +415,7 @@ func (o operator) mismatch(args []cty.Value) error {
 	if comparable(a, b) || unifies(a, b) || unifies(b, a) || a.IsTupleType() && b.IsTupleType() {
 		return nil
 	}
-	return fmt.Errorf("can't compare %s with %s", operand(a), operand(b))
-}
-
-func operand(t cty.Type) string {
-	if t == cty.Bool {
-		return "a bool"
-	}
-	return typeName(t)
+	return fmt.Errorf("can't compare %s with %s", typeName(a), typeName(b))
 }
 
 // alike makes one type of a list and what is written as [...].
@@ -438,6 +433,7 @@ func alike(args []cty.Value) []cty.Value {
 // checker prepares the tree of one expression for an evaluation with unknowns, and afterwards for all others.
 type checker struct {
 	*report
+	plain bool // there is no null in the text, about which enough has been said then
 	after []func()
 }
 
@@ -489,7 +485,11 @@ func (c *checker) operator(op *hclsyntax.Operation, rng hcl.Range, put func(*hcl
 		return op
 	}
 	c.after = append(c.after, func() { put(strictOps[op]) })
-	return o.operation(op, func(err error) { c.errorf(rng, "%v", err) })
+	return o.operation(op, func(err error) {
+		if c.plain || err != errNull {
+			c.errorf(rng, "%v", err)
+		}
+	})
 }
 
 func (c *checker) branch(v cty.Value, diags hcl.Diagnostics) cty.Value {

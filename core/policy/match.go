@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/net/idna"
 )
@@ -26,12 +27,12 @@ func canonicalName(name string) string {
 	if ip, err := netip.ParseAddr(name); err == nil {
 		return ip.Unmap().String()
 	}
-	if !isASCII(name) {
+	if !isASCII(name) && utf8.ValidString(name) { // package idna would make U+FFFD of other bytes
 		if ascii, err := toASCII.ToASCII(name); err == nil {
 			name = ascii
 		}
 	}
-	name = strings.ToLower(name)
+	name = lower(name)
 	if trimmed, ok := strings.CutSuffix(name, "."); ok && trimmed != "" {
 		name = trimmed
 		if ip, err := netip.ParseAddr(name); err == nil { // IDNA makes digits of full-width ones, too
@@ -195,6 +196,17 @@ func match(pattern, s string, one func(byte) bool) bool {
 		}
 	}
 	return strings.Trim(pattern[p:], "*") == ""
+}
+
+// lower changes ASCII letters only: strings.ToLower would make U+FFFD of bytes that are not UTF-8.
+func lower(s string) string {
+	b := []byte(s)
+	for i, c := range b {
+		if 'A' <= c && c <= 'Z' {
+			b[i] = c + 'a' - 'A'
+		}
+	}
+	return string(b)
 }
 
 func isASCII(s string) bool {

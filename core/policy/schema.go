@@ -214,7 +214,7 @@ func (b Block) spec(labels bool) hcldec.ObjectSpec {
 	spec := hcldec.ObjectSpec{}
 	for _, a := range b.Attributes {
 		spec[a.Name] = &hcldec.DefaultSpec{
-			Primary: &hcldec.AttrSpec{Name: a.Name, Type: a.Type, Required: a.Required},
+			Primary: &hcldec.AttrSpec{Name: a.Name, Type: a.Type}, // that a required one is there is checked before
 			Default: &hcldec.LiteralSpec{Value: a.value()},
 		}
 	}
@@ -319,10 +319,18 @@ func (a Attribute) check(r *report, attr *hclsyntax.Attribute, where string) {
 	if diags.HasErrors() {
 		return
 	}
-	a.checkValue(r, rng, v, where)
+	ranges := []hcl.Range{rng}
+	if list, ok := attr.Expr.(*hclsyntax.TupleConsExpr); ok {
+		for _, e := range list.Exprs {
+			ranges = append(ranges, e.Range())
+		}
+	}
+	a.checkValue(r, ranges, v, where)
 }
 
-func (a Attribute) checkValue(r *report, rng hcl.Range, v cty.Value, where string) {
+// checkValue is told where the value stands, and then, if that is known, where each of its elements does.
+func (a Attribute) checkValue(r *report, ranges []hcl.Range, v cty.Value, where string) {
+	rng := ranges[0]
 	switch {
 	case v.IsNull():
 		r.wrong(rng, a.allowed(), "%s in %s can't be null; leave it out", a.Name, where)
@@ -343,13 +351,17 @@ func (a Attribute) checkValue(r *report, rng hcl.Range, v cty.Value, where strin
 	case (a.Type.IsListType() || a.Type.IsSetType()) && a.Type.ElementType() == cty.String:
 		texts = v.AsValueSlice()
 	}
-	for _, t := range texts {
+	for i, t := range texts {
+		at := rng
+		if a.Type.IsListType() && len(ranges) == len(texts)+1 {
+			at = ranges[i+1]
+		}
 		if s := t.AsString(); !a.fits(s) {
 			message := fmt.Sprintf("%s in %s can't be %q", a.Name, where, s)
 			if name := near(s, a.Words); name != "" {
 				message += fmt.Sprintf("; did you mean %q?", name)
 			}
-			r.add(Error, rng, a.allowed(), message)
+			r.add(Error, at, a.allowed(), message)
 		}
 	}
 }
@@ -362,7 +374,7 @@ func labels(r *report, block *hclsyntax.Block, want []string) bool {
 		if len(want) == 0 {
 			r.errorf(rng, "%s takes no label", block.Type)
 		} else {
-			r.errorf(rng, "%s takes one label less than this: %s", block.Type, strings.Join(want, ", "))
+			r.errorf(rng, "a label too many: %s takes only its %s", block.Type, strings.Join(want, " and "))
 		}
 		return false
 	case len(block.Labels) < len(want):
@@ -436,7 +448,7 @@ func typeName(t cty.Type) string {
 	case t == cty.Number:
 		return "a number"
 	case t == cty.Bool:
-		return "true or false"
+		return "a bool"
 	case t == cty.DynamicPseudoType:
 		return "anything"
 	case t.IsListType(), t.IsSetType():
@@ -462,8 +474,6 @@ func typeName(t cty.Type) string {
 
 func plural(t cty.Type) string {
 	switch {
-	case t == cty.Bool:
-		return "true or false"
 	case t.IsPrimitiveType():
 		return t.FriendlyName() + "s"
 	case t.IsObjectType():

@@ -1,0 +1,11 @@
+host "*" {
+  deny {
+    when = use.command == null
+  }
+  deny {
+    when = null
+  }
+  confirm {
+    ask = null
+  }
+}
