@@ -67,14 +67,14 @@ func (s *Snapshot) effective(t use.Target, c use.Caller) *effective {
 		}
 	}
 	if e.share != nil {
-		if v, err := e.share.eval(e.hostOnly(), cty.Bool); err != nil {
+		if v, err := e.share.eval(e.hostOnly, cty.Bool); err != nil {
 			e.failed = &failure{"share", e.share.pos, err}
 		} else {
 			e.shared = v.True()
 		}
 	}
 	if e.via != nil {
-		v, err := e.via.eval(e.hostOnly(), cty.List(cty.String))
+		v, err := e.via.eval(e.hostOnly, cty.List(cty.String))
 		if err == nil {
 			e.jumps = texts(v)
 			if slices.Contains(e.jumps, "") {
@@ -192,7 +192,7 @@ func holds(when *expr, ctx func() *hcl.EvalContext) (bool, *evalError) {
 	if when == nil {
 		return true, nil
 	}
-	v, err := when.eval(ctx(), cty.Bool)
+	v, err := when.eval(ctx, cty.Bool)
 	return err == nil && v.True(), err
 }
 

@@ -109,7 +109,7 @@ func (s *Snapshot) WriteParts(w io.Writer, parts []Part) error {
 		if p.When != "" {
 			value = strings.TrimSpace(value + " when " + p.When)
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\n", p.What, wire.Printable(oneLine(value)), pos)
+		fmt.Fprintf(tw, "%s\t%s\t%s\n", p.What, pos, wire.Printable(oneLine(value)))
 	}
 	return tw.Flush()
 }
@@ -211,7 +211,7 @@ func (x *Explanation) Write(w io.Writer) error {
 		if pos != "" {
 			pos = x.s.short(pos)
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\n", what, wire.Printable(oneLine(text)), pos)
+		fmt.Fprintf(tw, "%s\t%s\t%s\n", what, pos, wire.Printable(oneLine(text)))
 	}
 	name := x.Host
 	if x.Alias != "" {

@@ -100,7 +100,7 @@ func compile(r *report, e hclsyntax.Expression, want cty.Type, s scope, where st
 		return nil
 	}
 	if len(e.Variables()) == 0 {
-		if fixed, err := out.eval(constants, want); err == nil {
+		if fixed, err := out.eval(func() *hcl.EvalContext { return constants }, want); err == nil {
 			out.fixed = fixed
 		}
 	}
@@ -141,12 +141,12 @@ type evalError struct {
 
 func (e *evalError) Error() string { return e.summary + e.detail }
 
-// eval evaluates the expression for a use.
-func (e *expr) eval(ctx *hcl.EvalContext, want cty.Type) (cty.Value, *evalError) {
+// eval evaluates the expression for a use. ctx is called only if it refers to something.
+func (e *expr) eval(ctx func() *hcl.EvalContext, want cty.Type) (cty.Value, *evalError) {
 	if e.fixed != cty.NilVal {
 		return e.fixed, nil
 	}
-	v, diags := value(e.hcl, ctx)
+	v, diags := value(e.hcl, ctx())
 	for _, d := range diags {
 		if d.Severity == hcl.DiagError {
 			detail := strings.TrimSuffix(strings.Join(strings.Fields(d.Detail), " "), ".")

@@ -147,9 +147,12 @@ func empty(t cty.Type) cty.Value {
 
 // Check reports what is wrong with a schema: that is its plugin's mistake, not the policy's.
 func (s Schema) Check() error {
-	return errors.Join(s.Plugin.check("the plugin block", pluginBlock), s.Host.check("the block in host", Block{
-		Attributes: []Attribute{{Name: "when"}},
-	}))
+	var errs []error
+	if len(s.Plugin.Labels)+len(s.Host.Labels) > 0 {
+		errs = append(errs, errors.New("only nested blocks take labels"))
+	}
+	when := Block{Attributes: []Attribute{{Name: "when"}}}
+	return errors.Join(append(errs, s.Plugin.check("the plugin block", pluginBlock), s.Host.check("the block in host", when))...)
 }
 
 func (b Block) check(where string, taken Block) error {
