@@ -202,10 +202,22 @@ type report struct {
 	file string
 	src  []byte
 	list Diagnostics
+	more int // problems beyond maxProblems
 }
+
+// maxProblems is how many are told of one file: beyond that it is no policy.
+const maxProblems = 100
 
 func (r *report) add(s Severity, rng hcl.Range, allowed, message string) {
 	d := Diagnostic{Severity: s, Message: message, Allowed: allowed, rng: rng}
+	r.append(d)
+}
+
+func (r *report) append(d Diagnostic) {
+	if len(r.list) >= maxProblems {
+		r.more++
+		return
+	}
 	r.place(&d)
 	r.list = append(r.list, d)
 }
@@ -247,8 +259,7 @@ func (r *report) foreign(diags hcl.Diagnostics) {
 		if h.Subject != nil { // the library's contract lets it be missing
 			d.rng = *h.Subject
 		}
-		r.place(&d)
-		r.list = append(r.list, d)
+		r.append(d)
 	}
 }
 
@@ -278,6 +289,9 @@ func (r *report) place(d *Diagnostic) {
 // done returns all problems, sorted, each once. Where ours and a library's words are about one place, ours are kept.
 func (r *report) done() Diagnostics {
 	var out Diagnostics
+	if r.more > 0 {
+		out = append(out, Diagnostic{Severity: Error, File: r.file, Message: fmt.Sprintf("%d more problems, which are not listed", r.more)})
+	}
 	for _, d := range r.list {
 		if d.foreign && slices.ContainsFunc(r.list, func(o Diagnostic) bool {
 			return !o.foreign && o.Severity == Error && o.rng.Overlaps(d.rng)

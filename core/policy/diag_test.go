@@ -174,3 +174,23 @@ host "*" {
 		}
 	}
 }
+
+// The longest file there may be, made of one thing over and over, ends neither the process nor anybody's patience.
+func TestBounds(t *testing.T) {
+	for _, part := range []string{
+		"(", "[", "{", "!", "-", `"${`, "1+", "true&&", "a?1:", "a[0]", "[0]", ".b", "f(", "<<A\n", "[for x in ", "a[*]", "[*]", ".*", "%{if ", "x \"y\" {\n",
+		"x=1\n", "/*", "#\n", "\"", "a b ", "a.", "\\", "\x00", "\xff", "confirm{}\n", "}\n", "a=b?",
+	} {
+		for _, head := range []string{"", "host \"*\" {\ndeny {\nwhen = client.args"} {
+			src := head + strings.Repeat(part, (MaxSize-len(head))/len(part))
+			s, diags := Parse("config.hcl", []byte(src), Options{Schemas: schemas()})
+			if s == nil && !diags.HasErrors() || len(diags) > maxProblems+1 {
+				t.Errorf("%q, %q: %d problems", head, part, len(diags))
+			}
+		}
+	}
+	if s, diags := Parse("config.hcl", []byte("host \"*\" {\n"+strings.Repeat("x {}\n", 500)+"}"), Options{Schemas: schemas()}); s != nil ||
+		diags[0].Error() != "config.hcl: 400 more problems, which are not listed" {
+		t.Errorf("%v", diags[0])
+	}
+}

@@ -33,7 +33,7 @@ func canonicalName(name string) string {
 		}
 	}
 	name = lower(name)
-	if trimmed, ok := strings.CutSuffix(name, "."); ok && trimmed != "" {
+	if trimmed := strings.TrimRight(name, "."); trimmed != name && trimmed != "" {
 		name = trimmed
 		if ip, err := netip.ParseAddr(name); err == nil { // IDNA makes digits of full-width ones, too
 			return ip.Unmap().String()
@@ -133,7 +133,7 @@ func parsePattern(label string) (pattern string, not bool, err error) {
 		}
 	}
 	pattern = strings.Join(parts, ".")
-	if trimmed, ok := strings.CutSuffix(pattern, "."); ok && trimmed != "" {
+	if trimmed := strings.TrimRight(pattern, "."); trimmed != "" {
 		pattern = trimmed
 	}
 	return pattern, not, nil

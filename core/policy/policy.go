@@ -21,8 +21,9 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-// MaxSize is how many bytes a policy file may have.
-const MaxSize = 256 << 10
+// MaxSize is how many bytes a policy file may have. HCL takes time with the square of what it is given (many unended
+// heredocs: 1 s for this much).
+const MaxSize = 64 << 10
 
 // FileName is the policy file's name in the configuration directory.
 const FileName = "config.hcl"
