@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"unicode"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/agext/levenshtein"
 	"github.com/hashicorp/hcl/v2"
+	"github.com/mattn/go-isatty"
 	"golang.org/x/text/width"
 
 	"github.com/muxproxy/muxproxy/core/wire"
@@ -109,7 +111,7 @@ func (ds Diagnostics) MarshalJSON() ([]byte, error) {
 }
 
 // Write writes them for a person, each with its source line, a caret under the place, and what is allowed there. All
-// text of the file is escaped. color adds ANSI colours: the caller knows whether w is a terminal.
+// text of the file is escaped. color adds ANSI colours.
 func (ds Diagnostics) Write(w io.Writer, color bool) error {
 	paint := func(code, s string) string {
 		if !color {
@@ -138,6 +140,11 @@ func (ds Diagnostics) Write(w io.Writer, color bool) error {
 	}
 	_, err := w.Write(b.Bytes())
 	return err
+}
+
+// Print is Write in colour if f is a terminal, and without it else or where NO_COLOR is set (https://no-color.org).
+func (ds Diagnostics) Print(f *os.File) error {
+	return ds.Write(f, isatty.IsTerminal(f.Fd()) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb")
 }
 
 // Width of an excerpt: what is longer is cut around the place.
@@ -290,7 +297,8 @@ func (r *report) place(d *Diagnostic) {
 func (r *report) done() Diagnostics {
 	var out Diagnostics
 	if r.more > 0 {
-		out = append(out, Diagnostic{Severity: Error, File: r.file, Message: fmt.Sprintf("%d more problems, which are not listed", r.more)})
+		message := fmt.Sprintf("%d more problems, which are not listed", r.more)
+		out = append(out, Diagnostic{Severity: Error, File: r.file, Message: message})
 	}
 	for _, d := range r.list {
 		if d.foreign && slices.ContainsFunc(r.list, func(o Diagnostic) bool {

@@ -24,7 +24,8 @@ type effective struct {
 	target use.Target
 	caller use.Caller
 	host   string       // canonical
-	alias  string       // canonical; "": unknown, the same as host, or not believed
+	alias  string       // canonical; "": unknown, the same as host, not believed, or it makes no difference
+	lied   bool         // the alias would make a difference, but does not lead to the host
 	hosts  []*hostBlock // that apply, in the file's order
 
 	share, via *hostAttr // the ones that apply; nil: none
@@ -45,8 +46,12 @@ func (s *Snapshot) effective(t use.Target, c use.Caller) *effective {
 	if t.Alias != "" && s.opts.Alias != nil {
 		alias := canonicalName(t.Alias)
 		matters := func(h *hostBlock) bool { return h.match(e.host) != h.match(e.host, alias) }
-		if alias != e.host && (s.seesAlias || slices.ContainsFunc(s.hosts, matters)) && s.opts.Alias(t) {
-			e.alias = alias
+		if alias != e.host && (s.seesAlias || slices.ContainsFunc(s.hosts, matters)) {
+			if s.opts.Alias(t) {
+				e.alias = alias
+			} else {
+				e.lied = true
+			}
 		}
 	}
 	names := []string{e.host}
@@ -122,8 +127,9 @@ func (s *Snapshot) denied(f *failure) *use.Denied {
 		return nil
 	}
 	return &use.Denied{
-		By: "policy", Reason: fmt.Sprintf("%s in %s can't be evaluated: %s", f.what, s.short(f.pos), wire.Printable(f.err.summary)),
-		Hint: "`muxproxy explain` shows why",
+		By:     "policy",
+		Reason: fmt.Sprintf("%s in %s can't be evaluated: %s", f.what, s.short(f.pos), wire.Printable(f.err.summary)),
+		Hint:   "`muxproxy explain` shows why",
 	}
 }
 
@@ -251,19 +257,20 @@ func useValue(u use.Use) cty.Value {
 
 // destination is the canonical host and the port of what a use is about, or a socket's path.
 func destination(u use.Use) (string, uint16) {
-	if u.Addr == "" {
-		return "", 0
+	addr := u.Addr
+	if u.Kind == use.Control { // of HOST, USER@HOST and USER@HOST:PORT, as typed
+		addr = addr[strings.LastIndexByte(addr, '@')+1:]
 	}
-	host, service, err := net.SplitHostPort(u.Addr)
-	if err != nil || strings.HasPrefix(u.Addr, "/") {
-		if u.Kind == use.Control {
-			return canonicalHost(u.Addr), 0
-		}
-		return u.Addr, 0
+	if strings.HasPrefix(addr, "/") {
+		return addr, 0
+	}
+	host, service, err := net.SplitHostPort(addr)
+	if err != nil {
+		return canonicalHost(addr), 0
 	}
 	port, err := strconv.ParseUint(service, 10, 16)
 	if err != nil {
-		return u.Addr, 0
+		return addr, 0
 	}
 	return canonicalHost(host), uint16(port)
 }

@@ -122,15 +122,16 @@ type Step struct {
 
 // Explanation says how policy decides about one use, and why.
 type Explanation struct {
-	Host    string            `json:"host"`             // canonical
-	Alias   string            `json:"alias,omitempty"`  // canonical, if it counts
-	Hosts   []Part            `json:"hosts"`            // host blocks that apply
-	Share   bool              `json:"share"`            //
-	Via     []string          `json:"via,omitempty"`    //
-	Steps   []Step            `json:"steps"`            // deny, lane and plugin blocks
-	Allowed bool              `json:"allowed"`          // by policy; plugins that apply may still deny
-	Denied  string            `json:"denied,omitempty"` // the line that the client gets
-	Lane    string            `json:"lane,omitempty"`   // of a session
+	Host    string            `json:"host"`              // canonical
+	Alias   string            `json:"alias,omitempty"`   // canonical, if it counts
+	Ignored string            `json:"ignored,omitempty"` // an alias that would make a difference, but does not lead to the host
+	Hosts   []Part            `json:"hosts"`             // host blocks that apply
+	Share   bool              `json:"share"`             //
+	Via     []string          `json:"via,omitempty"`     //
+	Steps   []Step            `json:"steps"`             // deny, lane and plugin blocks
+	Allowed bool              `json:"allowed"`           // by policy; plugins that apply may still deny
+	Denied  string            `json:"denied,omitempty"`  // the line that the client gets
+	Lane    string            `json:"lane,omitempty"`    // of a session
 	Program string            `json:"program,omitempty"`
 	Plugins map[string]string `json:"plugins,omitempty"` // by name, file:line of the block that applies to this use
 
@@ -145,6 +146,9 @@ func (s *Snapshot) Explain(u use.Use) *Explanation {
 	out := &Explanation{
 		s: s, Host: e.host, Alias: e.alias, Share: e.shared, Via: e.jumps, Program: use.Program(u.Command),
 		Hosts: []Part{}, Steps: []Step{}, Plugins: map[string]string{},
+	}
+	if e.lied {
+		out.Ignored = u.Target.Alias
 	}
 	step := func(p Part, reached bool, holds func(contexts) (bool, *evalError)) bool {
 		result := "is not reached"
@@ -218,6 +222,9 @@ func (x *Explanation) Write(w io.Writer) error {
 		name += " (" + x.Alias + ")"
 	}
 	line("host", name, "")
+	if x.Ignored != "" {
+		line("", fmt.Sprintf("%q does not count: your ssh_config does not lead from it to this host", x.Ignored), "")
+	}
 	for _, h := range x.Hosts {
 		line("", "matches "+h.Value, h.Pos)
 	}

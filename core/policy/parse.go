@@ -49,7 +49,8 @@ var (
 	pluginBlock = Block{Labels: []string{"name"}, Attributes: []Attribute{
 		{Name: "path", Type: cty.String, Format: Path, Words: []string{""},
 			Doc: "its executable; empty: built in, or muxproxy-plugin-NAME in the plugin directories"},
-		{Name: "sha256", Type: cty.String, Format: Digest, Words: []string{""}, Doc: "what its executable has to be; empty: anything"},
+		{Name: "sha256", Type: cty.String, Format: Digest, Words: []string{""},
+			Doc: "what its executable has to be; empty: anything"},
 		{Name: "on_failure", Type: cty.String, Default: cty.StringVal("deny"), Words: []string{"deny", "allow"},
 			Doc: "what it means for a use if the plugin does not answer"},
 		{Name: "may", Type: cty.List(cty.String), Doc: "capabilities",
@@ -70,7 +71,7 @@ var (
 func Parse(name string, src []byte, o Options) (*Snapshot, Diagnostics) {
 	p := &parser{
 		report: report{file: name, src: src},
-		s:      &Snapshot{file: name, src: src, opts: o, master: Master{LogLevel: "info"}},
+		s:      &Snapshot{file: name, src: src, opts: o},
 		seen:   map[string]bool{},
 	}
 	p.run()
@@ -135,6 +136,9 @@ func (p *parser) run() {
 		case "plugin":
 			p.parsePlugin(block)
 		}
+	}
+	if master == nil {
+		p.parseMaster(&hclsyntax.Block{Body: &hclsyntax.Body{}})
 	}
 	for _, block := range body.Blocks { // after all plugin blocks, since those name plugins
 		if block.Type == "host" {
@@ -213,7 +217,10 @@ func (p *parser) parseMaster(block *hclsyntax.Block) {
 		LockOn:        texts(v.GetAttr("lock_on")),
 		Askpass:       p.path(v.GetAttr("askpass")),
 	}
-	m.ExitWhenIdle, _ = time.ParseDuration(get("exit_when_idle")) // 0 for "never"
+	m.ExitWhenIdle = -1
+	if d, err := time.ParseDuration(get("exit_when_idle")); err == nil {
+		m.ExitWhenIdle = d
+	}
 	p.s.master = m
 }
 

@@ -91,7 +91,7 @@ type Snapshot struct {
 // Master is what the `master` block says, with its defaults.
 type Master struct {
 	LogLevel      string        // "trace", "debug", "info", "warn" or "error"
-	ExitWhenIdle  time.Duration // without clients and connections; 0: never
+	ExitWhenIdle  time.Duration // without clients and connections; negative: never
 	SSHConfig     string        // what `ssh -G` reads for uses without a client; "": ssh's own files
 	AllowForeign  bool          // clients in other user, pid or mount namespaces are served
 	AuditRequired bool          // a use that can't be logged is denied

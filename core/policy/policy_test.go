@@ -78,6 +78,7 @@ func TestConditions(t *testing.T) {
 		{`use.command == "" && use.program == "" && use.subsystem == "" && use.destination == "" && use.name == "" && use.port == 0`, use.Use{Kind: use.Shell}, true},
 		{`use.subsystem == "sftp"`, use.Use{Kind: use.Subsystem, Subsystem: "sftp"}, true},
 		{`use.name == "close" && use.destination == "x"`, use.Use{Kind: use.Control, Name: "close", Addr: "X."}, true},
+		{`use.destination == "x" && use.port == 22`, use.Use{Kind: use.Control, Name: "close", Addr: "a@b@X:22"}, true},
 		{`use.destination == "localhost" && use.port == 5432`, addr(use.LocalForward, "LOCALHOST.:5432"), true},
 		{`cidr("127.0.0.0/8", use.destination)`, addr(use.LocalForward, "0x7f.1:80"), true},
 		{`cidr("127.0.0.0/8", use.destination)`, addr(use.LocalForward, "[::ffff:127.0.0.1]:80"), true},
@@ -196,6 +197,10 @@ host "*" "!lax" {
 		if d := e.Deny(use.Use{Kind: use.Shell}); (d != nil) != c.denied || e.Share() != c.denied || asked != c.asked {
 			t.Errorf("%+v: %v, share %v, asked %d times", c, d, e.Share(), asked)
 		}
+		u := use.Use{Kind: use.Shell, Target: use.Target{Host: c.host, Alias: c.alias}}
+		if x := loadWith(t, src, opts).Explain(u); (x.Ignored != "") != (c.denied && c.asked > 0) {
+			t.Errorf("%+v: explain ignores %q", c, x.Ignored)
+		}
 	}
 	s := loadWith(t, "host \"*\" {\ndeny {\nwhen = host.alias == \"lax\"\n}\n}", o)
 	for host, want := range map[string]bool{"lax.example.com": true, "db.example.com": false} {
@@ -302,7 +307,7 @@ func TestDefault(t *testing.T) {
 			t.Error(kind, d)
 		}
 	}
-	if !e.Share() || e.Lane(use.Use{Subsystem: "sftp"}) != Bulk || len(s.Plugins()) != 0 || s.Master().LogLevel != "info" {
+	if !e.Share() || e.Lane(use.Use{Subsystem: "sftp"}) != Bulk || len(s.Plugins()) != 0 || fmt.Sprint(s.Master()) != fmt.Sprint(Master{LogLevel: "info", ExitWhenIdle: -1}) {
 		t.Error("not the defaults")
 	}
 }

@@ -152,7 +152,8 @@ func (s Schema) Check() error {
 		errs = append(errs, errors.New("only nested blocks take labels"))
 	}
 	when := Block{Attributes: []Attribute{{Name: "when"}}}
-	return errors.Join(append(errs, s.Plugin.check("the plugin block", pluginBlock), s.Host.check("the block in host", when))...)
+	errs = append(errs, s.Plugin.check("the plugin block", pluginBlock), s.Host.check("the block in host", when))
+	return errors.Join(errs...)
 }
 
 func (b Block) check(where string, taken Block) error {
@@ -381,7 +382,8 @@ func labels(r *report, block *hclsyntax.Block, want []string) bool {
 		}
 		return false
 	case len(block.Labels) < len(want):
-		r.errorf(block.TypeRange, "%s lacks a label: %s %q { ... }", block.Type, block.Type, strings.ToUpper(want[len(block.Labels)]))
+		missing := strings.ToUpper(want[len(block.Labels)])
+		r.errorf(block.TypeRange, "%s lacks a label: %s %q { ... }", block.Type, block.Type, missing)
 		return false
 	}
 	return true
