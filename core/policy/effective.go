@@ -105,7 +105,7 @@ func (e *effective) Deny(u use.Use) *use.Denied {
 	failed := e.failed
 	for _, h := range e.hosts {
 		for _, d := range h.denies {
-			holds, err := d.holds(ctx)
+			holds, err := d.when.holds(ctx)
 			if holds {
 				return &use.Denied{By: "policy", Reason: wire.Printable(d.text), Hint: "see " + e.s.short(d.pos)}
 			}
@@ -140,10 +140,10 @@ func (e *effective) Lane(u use.Use) string {
 }
 
 // lane returns the block that decides, too; nil: none does.
-func (e *effective) lane(u use.Use, ctx contexts) (string, *rule, *failure) {
+func (e *effective) lane(u use.Use, ctx context) (string, *rule, *failure) {
 	for _, h := range e.hosts {
 		for _, l := range h.lanes {
-			holds, err := l.holds(ctx)
+			holds, err := l.when.holds(ctx)
 			if err != nil {
 				return Interactive, l, &failure{"when in lane", l.pos, err}
 			}
@@ -167,13 +167,13 @@ func (e *effective) Block(plugin string, u use.Use) (int, *use.Denied) {
 	return b.ID, nil
 }
 
-func (e *effective) block(plugin string, ctx contexts) (*PluginBlock, *failure) {
+func (e *effective) block(plugin string, ctx context) (*PluginBlock, *failure) {
 	for _, h := range e.hosts {
 		for _, b := range h.blocks {
 			if b.Plugin != plugin {
 				continue
 			}
-			holds, err := b.holds(ctx)
+			holds, err := b.when.holds(ctx)
 			if err != nil {
 				return nil, &failure{"when in " + plugin, b.Pos, err}
 			}
@@ -185,44 +185,29 @@ func (e *effective) block(plugin string, ctx contexts) (*PluginBlock, *failure) 
 	return nil, nil
 }
 
-func (r *rule) holds(ctx contexts) (bool, *evalError) { return holds(r.when, ctx.all) }
-
-func (b *PluginBlock) holds(ctx contexts) (bool, *evalError) {
-	if b.all {
-		return holds(b.when, ctx.all)
-	}
-	return holds(b.when, ctx.host)
-}
-
-func holds(when *expr, ctx func() *hcl.EvalContext) (bool, *evalError) {
-	if when == nil {
+// holds evaluates a condition; nil always holds.
+func (e *expr) holds(ctx context) (bool, *evalError) {
+	if e == nil {
 		return true, nil
 	}
-	v, err := when.eval(ctx, cty.Bool)
+	v, err := e.eval(ctx, cty.Bool)
 	return err == nil && v.True(), err
 }
 
-// contexts are what conditions see. They are made when the first condition needs them, and belong to one goroutine: HCL
-// does not allow one expression to be evaluated twice at a time in one context.
-type contexts struct{ host, all func() *hcl.EvalContext }
+// context returns what conditions see: whether one may look at all of it was decided when the file was read. It is made
+// when the first condition needs it, and belongs to one goroutine: HCL does not allow one expression to be evaluated
+// twice at a time in one context.
+type context func() *hcl.EvalContext
 
-func (e *effective) context(u use.Use) contexts {
-	var host, all *hcl.EvalContext
-	return contexts{
-		host: func() *hcl.EvalContext {
-			if host == nil {
-				host = e.hostOnly()
-			}
-			return host
-		},
-		all: func() *hcl.EvalContext {
-			if all == nil {
-				all = e.hostOnly()
-				all.Variables["use"] = useValue(u)
-				all.Variables["client"] = clientValue(e.caller, e.s.envs)
-			}
-			return all
-		},
+func (e *effective) context(u use.Use) context {
+	var ctx *hcl.EvalContext
+	return func() *hcl.EvalContext {
+		if ctx == nil {
+			ctx = e.hostOnly()
+			ctx.Variables["use"] = useValue(u)
+			ctx.Variables["client"] = clientValue(e.caller, e.s.envs)
+		}
+		return ctx
 	}
 }
 

@@ -150,12 +150,12 @@ func (s *Snapshot) Explain(u use.Use) *Explanation {
 	if e.lied {
 		out.Ignored = u.Target.Alias
 	}
-	step := func(p Part, reached bool, holds func(contexts) (bool, *evalError)) bool {
+	step := func(p Part, reached bool, when *expr) bool {
 		result := "is not reached"
 		held := false
 		if reached {
 			var err *evalError
-			held, err = holds(ctx)
+			held, err = when.holds(ctx)
 			switch {
 			case err != nil:
 				result = "can't be evaluated: " + err.Error()
@@ -172,7 +172,7 @@ func (s *Snapshot) Explain(u use.Use) *Explanation {
 	for _, h := range e.hosts {
 		out.Hosts = append(out.Hosts, Part{What: "host", Pos: h.pos, Value: quoted(h.labels)})
 		for _, d := range h.denies {
-			step(Part{What: "deny", Pos: d.pos, When: d.when.source(), Value: d.text}, true, d.holds)
+			step(Part{What: "deny", Pos: d.pos, When: d.when.source(), Value: d.text}, true, d.when)
 		}
 	}
 	if session(u.Kind) {
@@ -180,7 +180,7 @@ func (s *Snapshot) Explain(u use.Use) *Explanation {
 		reached := true
 		for _, h := range e.hosts {
 			for _, l := range h.lanes {
-				held := step(Part{What: "lane", Pos: l.pos, When: l.when.source(), Value: l.text}, reached, l.holds)
+				held := step(Part{What: "lane", Pos: l.pos, When: l.when.source(), Value: l.text}, reached, l.when)
 				reached = reached && !held
 			}
 		}
@@ -191,7 +191,7 @@ func (s *Snapshot) Explain(u use.Use) *Explanation {
 			for _, b := range h.blocks {
 				if b.Plugin == plugin.Name {
 					part := Part{What: b.Plugin, Pos: b.Pos, When: b.when.source(), Block: b.JSON()}
-					held := step(part, reached, b.holds)
+					held := step(part, reached, b.when)
 					reached = reached && !held
 				}
 			}

@@ -410,12 +410,12 @@ func (p *parser) parseLane(h *hostBlock, block *hclsyntax.Block) {
 
 func (p *parser) parsePluginBlock(h *hostBlock, block *hclsyntax.Block) {
 	b := &PluginBlock{
-		ID: len(p.s.blocks), Plugin: block.Type, Hosts: slices.Clone(h.labels), Pos: p.pos(block.TypeRange), all: true,
+		ID: len(p.s.blocks), Plugin: block.Type, Hosts: slices.Clone(h.labels), Pos: p.pos(block.TypeRange),
 	}
 	schema, known := p.s.opts.Schemas[block.Type]
 	sees := seesAll
 	if known && schema.HostOnly {
-		sees, b.all = seesHost, false
+		sees = seesHost
 	}
 	b.when, _ = p.when(block, sees)
 	if known {

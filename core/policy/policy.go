@@ -122,7 +122,6 @@ type PluginBlock struct {
 	Pos    string    // file:line
 
 	when *expr // nil: always
-	all  bool  // when sees use and client, too
 }
 
 type hostBlock struct {

@@ -8,4 +8,13 @@ host "*" {
   deny {
     when = "x" == client.tty ? 1 : true
   }
+  deny {
+    when = use.kind == "exec" && matches("(", use.command)
+  }
+  deny {
+    when = use.port == 22 ? matches("(", use.command) : matches("[", use.command)
+  }
+  deny {
+    when = false && matches("(", use.command)
+  }
 }

@@ -6,6 +6,7 @@ host "*" {
     when = null
   }
   confirm {
-    ask = null
+    ask     = null
+    timeout = jsondecode("null")
   }
 }
