@@ -198,12 +198,23 @@ func TestOtherClientsMoveBytesExactly(t *testing.T) {
 				if got, err := os.ReadFile(file); err != nil || !bytes.Equal(got, data) {
 					t.Errorf("up: %d bytes are not the %d that were sent (%v)", len(got), size, err)
 				}
+				down := spec{args: c.args(w, w.proxy(), keys, "cat "+file), stdin: strings.NewReader("")}
 				if c.name == "dbclient" {
-					// About one download in ten does not end while others run beside it, with the server's side closed. Whether
-					// that is dbclient's doing or ours is not known, so nothing is claimed here.
-					return
+					// Into a file, which is never full. When the CLOSE of its last channel comes while its stdout takes no more,
+					// dbclient 2022.83 writes the rest, answers the CLOSE and then waits for a packet or for the next key
+					// exchange, in 8 hours (session_loop in its common-session.c looks for cli_finished before the channel is
+					// removed by channelio). It does so with a plain sshd, too.
+					f, err := os.Create(w.path("down"))
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer f.Close()
+					down.stdout = f
 				}
-				r = w.run(spec{args: c.args(w, w.proxy(), keys, "cat "+file), stdin: strings.NewReader("")})
+				r = w.run(down)
+				if down.stdout != nil {
+					r.out = w.read("down")
+				}
 				if r.status != 0 || r.out != string(data) {
 					t.Errorf("down: status %d, %d bytes are not the %d that were sent: %s", r.status, len(r.out), size, tail(r.err))
 				}

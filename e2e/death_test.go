@@ -76,7 +76,7 @@ func TestAKilledSSHLeavesNothingInTheMaster(t *testing.T) {
 			dead := []*proc{
 				w.hold(),                            // idle
 				w.hold("-R", "0:127.0.0.1:1"),       // owns something at the server
-				w.sshStart("box", "yes"),            // has output on the way
+				w.sshStart("box", "yes;"),           // has output on the way
 				w.sshStart("box", "cat >/dev/null"), // has input on the way
 			}
 			dead[2].expect("y\n")

@@ -140,18 +140,6 @@ func TestRefusedTrustIsOneLineAnd255(t *testing.T) {
 	})
 }
 
-// A client that trusts less than the one that dialled does not ride its connection.
-func TestAStrictClientDoesNotShareWhatACarelessOneDialled(t *testing.T) {
-	forEach(t, func(t *testing.T, w *world) {
-		empty := w.write("nobody_known", "")
-		careless := w.hold("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile="+empty)
-		w.write("known_hosts", "")
-		w.fails(t, []string{"127.0.0.1"}, "-o", "StrictHostKeyChecking=yes", "box", "true")
-		careless.echo("still here")
-		careless.release()
-	})
-}
-
 func TestAMasterThatCannotStartIsOneLineAnd255(t *testing.T) {
 	if !muxproxyOnly(t) {
 		return

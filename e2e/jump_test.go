@@ -126,6 +126,40 @@ func TestAJumpThatFailsSaysWhere(t *testing.T) {
 	})
 }
 
+// A jump host that only its own ProxyCommand reaches is reached by that, once.
+func TestAJumpHostBehindAProxyCommand(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		h := newHops(w, 3)
+		way := w.script("way", fmt.Sprintf("#!/bin/sh\necho \"$@\" >> %s\nexec nc 127.0.0.1 %d\n", w.path("ways"), h.links[0].port()))
+		w.append("known_hosts", fmt.Sprintf("[hop1.invalid]:%d %s\n", h.links[0].port(), publicKey("ed25519")))
+		h.lines[0] = strings.Replace(h.lines[0], "HostName 127.0.0.1", "HostName hop1.invalid", 1)
+		more := map[string]string{"hop1": "ProxyCommand " + way + " %r %h %n", "hop2": "ProxyJump hop1", "hop3": "ProxyJump hop2"}
+		conf := h.config("way.conf", more)
+		first := w.start(spec{args: []string{"ssh", "-F", conf, "hop2", "cat"}})
+		first.echo("held")
+		want(t, w.noTTY(conf, "hop2", whichKey).wait(patience), 0, "by hop2\n")
+		want(t, w.noTTY(conf, "hop3", whichKey).wait(2*patience), 0, "by hop3\n")
+		want(t, w.noTTY(conf, "hop1", whichKey).wait(patience), 0, "by hop1\n")
+		line := me + " hop1.invalid hop1\n"
+		if got := w.read("ways"); w.mode != plain && got != line || !strings.HasPrefix(got, line) {
+			t.Errorf("it was called as %q", got)
+		}
+		h.count(1, 1, 1)
+		first.release()
+
+		// One that fails is named.
+		more["hop1"] = "ProxyCommand false"
+		r := w.noTTY(h.config("noway.conf", more), "hop2", whichKey).wait(patience)
+		want(t, r, 255, "")
+		if w.mode == plain {
+			return
+		}
+		if line := oneLine(t, r); !strings.Contains(line, "hop1.invalid") || !strings.Contains(line, "ProxyCommand") {
+			t.Errorf("muxproxy says %q", line)
+		}
+	})
+}
+
 // Each host of the way is judged by its own lines, and its questions reach the person.
 func TestAHostKeyQuestionOnTheSecondHop(t *testing.T) {
 	forEach(t, func(t *testing.T, w *world) {
@@ -154,6 +188,36 @@ func TestAHostKeyQuestionOnTheSecondHop(t *testing.T) {
 				t.Errorf("muxproxy says %q", line)
 			}
 		}
+	})
+}
+
+// What known_hosts says now of a jump host decides whether the next client rides through it.
+func TestARevokedJumpHostKeepsTheNextClientOut(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		h := newHops(w, 2)
+		conf := h.config("revoked.conf", map[string]string{"hop2": "ProxyJump hop1"})
+		run := func(host string) result { return w.noTTY(conf, host, whichKey).wait(2 * patience) }
+		first := w.start(spec{args: []string{"ssh", "-F", conf, "hop2", "cat"}})
+		first.echo("held")
+		want(t, run("hop2"), 0, "by hop2\n")
+		known := w.read("known_hosts")
+		for _, k := range hostKeys {
+			w.append("known_hosts", fmt.Sprintf("@revoked [127.0.0.1]:%d %s\n", h.links[0].port(), publicKey(k.kind)))
+		}
+		for _, host := range []string{"hop2", "hop1", "hop2"} { // the second ends the jump host's part in it
+			r := run(host)
+			want(t, r, 255, "")
+			if w.mode == pipes {
+				if line := oneLine(t, r); !strings.Contains(line, fmt.Sprintf("127.0.0.1:%d: ", h.links[0].port())) ||
+					!strings.Contains(line, "revoked") {
+					t.Errorf("%s: muxproxy says %q", host, line)
+				}
+			}
+		}
+		w.write("known_hosts", known)
+		want(t, run("hop2"), 0, "by hop2\n")
+		first.echo("still here")
+		first.release()
 	})
 }
 

@@ -35,8 +35,10 @@ func (p *pair) end() {
 }
 
 // newLink starts a proxy to the address. It ends with the test.
-func newLink(t testing.TB, to string) *link {
-	ln := listenTCP(t)
+func newLink(t testing.TB, to string) *link { return newLinkFrom(t, listenTCP(t), to) }
+
+// newLinkFrom starts one at a listener, which it owns.
+func newLinkFrom(t testing.TB, ln net.Listener, to string) *link {
 	l := &link{ln: ln, to: to, pairs: map[*pair]bool{}}
 	l.cond = sync.NewCond(&l.mu)
 	l.wg.Add(1)

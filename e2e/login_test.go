@@ -3,11 +3,16 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/crypto/ssh"
 )
 
 // optionCase is an ssh_config and how ssh ends with it.
@@ -18,7 +23,8 @@ type optionCase struct {
 	host   string   // "": box
 	env    []string
 	before func(w *world)
-	status int // 0, then the session says "in"; or 255
+	status int    // 0, then the session says "in"; or 255
+	says   string // instead of "in"
 }
 
 const (
@@ -65,10 +71,36 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 		w.write("revoked_other", second)
 		w.script("var_is_yes", "#!/bin/sh\ntest \"$E2E_VAR\" = yes\n")
 		free := freePort(t)
+		password, _ := w.passwordDoor("sesame")
+		code := w.newDoor(&ssh.ServerConfig{
+			KeyboardInteractiveCallback: func(_ ssh.ConnMetadata, ask ssh.KeyboardInteractiveChallenge) (*ssh.Permissions, error) {
+				if answers, err := ask("", "", []string{"Code: "}, []bool{false}); err != nil || answers[0] != "sesame" {
+					return nil, errors.New("wrong")
+				}
+				return nil, nil
+			},
+		})
+		// It answers what the person at the terminal would; the other one is wrong the first time that an ssh asks it.
+		sesame := []string{"SSH_ASKPASS=" + w.script("sesame", "#!/bin/sh\necho sesame\n"), "SSH_ASKPASS_REQUIRE=force"}
+		atLast := []string{"SSH_ASKPASS=" + w.script("at_last", strings.ReplaceAll("#!/bin/sh\ntest -e {dir}/tried.$PPID && exec echo sesame\ntouch {dir}/tried.$PPID\necho wrong\n", "{dir}", w.dir)), "SSH_ASKPASS_REQUIRE=force"}
+		// Names that only ssh knows. The one with an alias leads to a name that every machine has.
+		// What stays without a canonical name is too long for any resolver to ask the network about it.
+		long := strings.Repeat("x", 64)
+		w.write("hosts", "127.0.0.1 localhost web.e2e.test\n127.0.0.1 "+long+".e2e.test\n127.0.0.1 x."+long+".e2e.test\n")
+		names := []string{"LD_PRELOAD=libnss_wrapper.so", "NSS_WRAPPER_HOSTS={dir}/hosts"}
+		w.write("of_long", "*.e2e.test "+publicKey("ed25519")+"\n")
+		w.write("of_localhost", fmt.Sprintf("[localhost]:%d %s\n", w.sshd, publicKey("ed25519")))
+		const (
+			canonical = "CanonicalizeHostname yes\nCanonicalDomains e2e.test\n"
+			// The host is another one, with a user, a port and a way of its own, once it has its canonical name.
+			proxied = "HostName %h\nUserKnownHostsFile {dir}/of_long\nHost *.e2e.test\n  User {me}\n  Port 22\n  ProxyCommand nc 127.0.0.1 {port}"
+			dialled = "HostName %h\nAddressFamily inet\nUserKnownHostsFile {dir}/of_localhost\nHost localhost\n  User {me}\n  Port {port}"
+		)
 
 		fill := strings.NewReplacer("{dir}", w.dir, "{me}", me, "{picky}", fmt.Sprint(picky), "{six}", fmt.Sprint(six),
 			"{late}", fmt.Sprint(late), "{free}", fmt.Sprint(free), "{port}", fmt.Sprint(w.sshd), "{agent}", agent,
-			"{impatient}", fmt.Sprint(impatient), "{crowded}", crowded, "{cert}", "ecdsa-sha2-nistp256-cert-v01@openssh.com")
+			"{impatient}", fmt.Sprint(impatient), "{crowded}", crowded,
+			"{password}", fmt.Sprint(password.port()), "{code}", fmt.Sprint(code.port()), "{cert}", "ecdsa-sha2-nistp256-cert-v01@openssh.com")
 		cases := []optionCase{
 			{option: "HostName", lines: "HostName 127.0.0.1", host: "box.invalid"},
 			{option: "HostName", lines: "HostName %h", host: "127.0.0.1"},
@@ -77,6 +109,8 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 			{option: "Port", lines: "Port {free}", status: out},
 			{option: "Port", lines: "Port {free}", args: []string{"-p", "{port}"}},
 			{option: "Port", args: []string{"-oPort={free}"}, status: out},
+			{option: "destination", host: "ssh://{me}@box:{port}", lines: "Port {free}\nUser e2e-nobody"},
+			{option: "destination", host: "ssh://{me}@box:{free}", status: out},
 			{option: "User", lines: "User {me}"},
 			{option: "User", lines: "User e2e-nobody", status: out},
 			{option: "User", lines: "User e2e-nobody", args: []string{"-l", "{me}"}},
@@ -110,6 +144,14 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 			{option: "CertificateFile", lines: "Port {picky}\nIdentityFile {dir}/second", status: out},
 			{option: "PreferredAuthentications", lines: "PreferredAuthentications password,publickey"},
 			{option: "PreferredAuthentications", lines: "PreferredAuthentications password", status: out},
+			{option: "PasswordAuthentication", lines: "Port {password}\nBatchMode no\nPasswordAuthentication yes", env: sesame, says: "in as " + me},
+			{option: "PasswordAuthentication", lines: "Port {password}\nBatchMode no\nPasswordAuthentication no", env: sesame, status: out},
+			{option: "KbdInteractiveAuthentication", lines: "Port {code}\nBatchMode no\nKbdInteractiveAuthentication yes", env: sesame, says: "in as " + me},
+			{option: "KbdInteractiveAuthentication", lines: "Port {code}\nBatchMode no\nKbdInteractiveAuthentication no", env: sesame, status: out},
+			{option: "BatchMode", lines: "Port {password}\nBatchMode no", env: sesame, says: "in as " + me},
+			{option: "BatchMode", lines: "Port {password}\nBatchMode yes", env: sesame, status: out},
+			{option: "NumberOfPasswordPrompts", lines: "Port {password}\nBatchMode no\nNumberOfPasswordPrompts 2", env: atLast, says: "in as " + me},
+			{option: "NumberOfPasswordPrompts", lines: "Port {password}\nBatchMode no\nNumberOfPasswordPrompts 1", env: atLast, status: out},
 			{option: "PubkeyAuthentication", lines: "PubkeyAuthentication yes"},
 			{option: "PubkeyAuthentication", lines: "PubkeyAuthentication no", status: out},
 			{option: "PubkeyAcceptedAlgorithms", lines: "PubkeyAcceptedAlgorithms ssh-ed25519"},
@@ -134,6 +176,8 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 			{option: "GlobalKnownHostsFile", lines: "UserKnownHostsFile {dir}/empty\nGlobalKnownHostsFile {global} {dir}/wrong", status: out},
 			{option: "RevokedHostKeys", lines: "RevokedHostKeys {dir}/revoked_other"},
 			{option: "RevokedHostKeys", lines: "RevokedHostKeys {dir}/revoked", status: out},
+			{option: "VerifyHostKeyDNS", lines: "VerifyHostKeyDNS yes"},
+			{option: "VerifyHostKeyDNS", lines: "VerifyHostKeyDNS yes\nUserKnownHostsFile {dir}/empty", status: out},
 			{option: "NoHostAuthenticationForLocalhost", lines: "UserKnownHostsFile {dir}/empty\nNoHostAuthenticationForLocalhost yes"},
 			{option: "NoHostAuthenticationForLocalhost", lines: "UserKnownHostsFile {dir}/empty\nNoHostAuthenticationForLocalhost no", status: out},
 			{option: "AddressFamily", lines: "AddressFamily inet"},
@@ -169,12 +213,36 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 				env: []string{"E2E_VAR=no"}, status: out},
 			{option: "CanonicalizeHostname", lines: "CanonicalizeHostname yes\nIdentityFile {dir}/second\nMatch canonical\n  IdentityFile {dir}/id", host: "127.0.0.1"},
 			{option: "CanonicalizeHostname", lines: "IdentityFile {dir}/second\nMatch canonical\n  IdentityFile {dir}/id", host: "127.0.0.1", status: out},
+			{option: "CanonicalDomains", lines: canonical + proxied, env: names, host: long},
+			{option: "CanonicalDomains", lines: strings.ReplaceAll(canonical, "test", "invalid") + proxied, env: names, host: "localhost", status: out},
+			{option: "CanonicalDomains", lines: proxied, env: names, host: long, status: out},
+			{option: "CanonicalizeMaxDots", lines: canonical + proxied, env: names, host: "x." + long},
+			{option: "CanonicalizeMaxDots", lines: canonical + "CanonicalizeMaxDots 0\n" + proxied, env: names, host: "x." + long, status: out},
+			{option: "CanonicalizePermittedCNAMEs", lines: canonical + "CanonicalizePermittedCNAMEs *.e2e.test:localhost\n" + dialled, env: names, host: "web"},
+			{option: "CanonicalizePermittedCNAMEs", lines: canonical + dialled, env: names, host: long, status: out},
+			// With a ProxyCommand ssh itself finds the name only if it always has to.
+			{option: "CanonicalizeHostname", lines: strings.Replace(canonical, "yes", "always", 1) + "CanonicalizePermittedCNAMEs *.e2e.test:localhost\n" + dialled, env: names, host: "web"},
+			{option: "CanonicalizeHostname", lines: canonical + "CanonicalizePermittedCNAMEs *.e2e.test:localhost\n" + dialled + "\nMatch all\n  HostKeyAlias [localhost]:{port}",
+				env: append(names, "MUXPROXY_BYPASS=1"), host: "web"},
 			{option: "Include", lines: "IdentityFile {dir}/second\nInclude {dir}/included"},
 			{option: "Include", lines: "IdentityFile {dir}/second\nInclude {dir}/included_wrong", status: out},
 			{option: "Include", lines: "IdentityFile {dir}/second\nInclude {dir}/include[d]"},
 			{option: "ProxyCommand", lines: "HostName box.invalid\nPort {port}\nHostKeyAlias some-alias\nUserKnownHostsFile {dir}/alias_only\nProxyCommand nc 127.0.0.1 {port}"},
 			{option: "ProxyCommand", lines: "HostName 127.0.0.1\nProxyCommand nc %h {free}", status: out},
 			{option: "ProxyCommand", lines: "HostName 127.0.0.1\nProxyCommand false", status: out},
+			{option: "ProxyJump", lines: "Host box\n  ProxyJump localhost:{port}"},
+			{option: "ProxyJump", lines: "Host box\n  ProxyJump localhost:{free}", status: out},
+		}
+		if r := w.run(spec{args: []string{"ssh", "-F", "none", "-oTag=e2e", "-G", "box"}, null: true}); r.status == 0 { // OpenSSH 9.4
+			const tagged = "Match tagged e2e\n  IdentityFile {dir}/id\nMatch all\n  IdentityFile {dir}/second"
+			cases = append(cases, []optionCase{
+				{option: "Tag", lines: tagged, args: []string{"-P", "e2e"}},
+				{option: "Tag", lines: tagged, args: []string{"-oTag=e2e"}},
+				{option: "Tag", lines: tagged, args: []string{"-P", "other"}, status: out},
+				{option: "Tag", lines: "Match originalhost box\n  Tag e2e\n" + tagged},
+				{option: "Match localnetwork", lines: "Match localnetwork 127.0.0.0/8\n  IdentityFile {dir}/id\nMatch all\n  IdentityFile {dir}/second"},
+				{option: "Match localnetwork", lines: "Match !localnetwork 127.0.0.0/8\n  IdentityFile {dir}/id\nMatch all\n  IdentityFile {dir}/second", status: out},
+			}...)
 		}
 		shown := map[string][2]bool{}
 		for n, c := range cases {
@@ -190,7 +258,7 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 				for _, a := range c.args {
 					args = append(args, fill.Replace(a))
 				}
-				host := c.host
+				host := fill.Replace(c.host)
 				if host == "" {
 					host = "box"
 				}
@@ -201,6 +269,9 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 				files := w.both(fmt.Sprintf("case%d", n), lines, w.base(w.sshd))
 				mux, plain := w.each(files, env, append(args, host, "echo in")...)
 				stdout := "in\n"
+				if c.says != "" {
+					stdout = c.says + "\n"
+				}
 				if c.status != in {
 					stdout = ""
 				}
@@ -235,5 +306,134 @@ func TestAClientWithoutCertificatesIsToldTheWayAround(t *testing.T) {
 		}
 		env := append([]string{"MUXPROXY_BYPASS=1"}, w.env...)
 		want(t, w.run(spec{args: w.sshArgs("-oHostKeyAlgorithms=ssh-ed25519", "box", "echo in"), env: env, null: true}), 0, "in\n")
+	})
+}
+
+// A configuration that is named from ssh's working directory is another one in another directory.
+func TestARelativeConfigurationIsOfSSHsDirectory(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		w.newKey("second")
+		for dir, key := range map[string]string{"right": "id", "wrong": "second"} {
+			must(t, os.Mkdir(w.path(dir), 0o700))
+			must(t, os.Rename(w.interactive(dir+".conf", w.sshd, "BatchMode yes\nIdentityFile "+w.path(key)), w.path(dir+"/conf")))
+		}
+		// What is known of a connection that lives is not asked for again.
+		first := w.start(spec{args: []string{"ssh", "-F", "conf", "box", "cat"}, dir: w.path("right")})
+		first.echo("held")
+		for _, c := range []struct {
+			dir, file string
+			status    int
+			stdout    string
+		}{
+			{"right", "conf", in, "in\n"},
+			{"wrong", "conf", out, ""},
+			{"right", "./conf", in, "in\n"},
+			{"wrong", "../right/conf", in, "in\n"},
+			{"right", "../wrong/conf", out, ""},
+		} {
+			r := w.run(spec{args: []string{"ssh", "-F", c.file, "box", "echo in"}, dir: w.path(c.dir), null: true})
+			want(t, r, c.status, c.stdout)
+			if c.status == out && w.mode != plain {
+				oneLine(t, r)
+			}
+		}
+		first.release()
+		// A file that is there in one directory only.
+		must(t, os.Remove(w.path("wrong/conf")))
+		want(t, w.run(spec{args: []string{"ssh", "-F", "conf", "box", "echo in"}, dir: w.path("wrong"), null: true}), out, "")
+	})
+}
+
+// A server that wants the password changed can't be served: x/crypto/ssh takes no SSH_MSG_USERAUTH_PASSWD_CHANGEREQ
+// (RFC 4252 section 8). Without sharing, ssh does it.
+func TestAPasswordThatHasToBeChanged(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		server := w.start(spec{args: []string{python, testdata(t, "asyncssh_server.py"), w.path("host_ed25519"), "old", "new"}})
+		defer server.release()
+		port, err := strconv.Atoi(server.expect("\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.append("known_hosts", knownHosts(port))
+		conf := w.interactive("expired.conf", port, "PreferredAuthentications password,keyboard-interactive")
+		prompt := me + "@127.0.0.1's password: "
+		if w.mode != plain {
+			p := w.tty(conf, "box", "true")
+			p.answer(prompt, "old")
+			line := oneLine(t, p.ended(255, "muxproxy: "))
+			for _, part := range []string{me + "@127.0.0.1", "wants the password to be changed", "MUXPROXY_BYPASS=1 ssh box"} {
+				if !strings.Contains(line, part) {
+					t.Errorf("no %q in %q", part, line)
+				}
+			}
+		}
+		p := w.start(spec{args: []string{"ssh", "-F", conf, "box", "true"}, env: append([]string{"MUXPROXY_BYPASS=1"}, w.env...), tty: true})
+		p.answer(prompt, "old")
+		if said := p.answer("old password: ", "old"); !strings.Contains(said, "Your password has expired.") {
+			t.Errorf("the server's words are not in %q", said)
+		}
+		p.answer("new password: ", "new")
+		p.answer("new password: ", "new")
+		p.ended(0, "changed")
+	})
+}
+
+// Where ssh would have gone by what the DNS says of an unknown key (RFC 4255), it is said that nobody has asked.
+func TestVerifyHostKeyDNSIsSaidToBeUnsupported(t *testing.T) {
+	const said = "VerifyHostKeyDNS is not supported"
+	forEach(t, func(t *testing.T, w *world) {
+		if !muxproxyOnly(t) {
+			return
+		}
+		for _, value := range []string{"yes", "ask", "no"} {
+			lines := 1
+			if value == "no" {
+				lines = 0
+			}
+			run := func(name, known, options string) result {
+				w.write("known", known)
+				return w.noTTY(w.interactive(name+value, w.sshd, "VerifyHostKeyDNS "+value+"\nUserKnownHostsFile "+w.path("known")+"\n"+options),
+					"box", "echo in").wait(patience)
+			}
+			check := func(name string, r result, status, lines int) {
+				t.Helper()
+				if n := strings.Count(r.err+r.out, said); r.status != status || n != lines {
+					t.Errorf("VerifyHostKeyDNS %s, %s: status %d, said %d times, not %d: %q", value, name, r.status, n, lines, tail(r.err+r.out))
+				}
+			}
+			check("known", run("known", w.read("known_hosts"), ""), in, 0)
+			check("accept-new", run("new", "", "StrictHostKeyChecking accept-new"), in, lines)
+			strict := run("strict", "", "StrictHostKeyChecking yes")
+			check("strict", strict, out, lines)
+			if line := oneLine(t, strict); strings.Contains(line, said) != (lines == 1) {
+				t.Errorf("the refusal says %q", line)
+			}
+			w.write("known", "")
+			p := w.tty(w.interactive("ask"+value, w.sshd, "VerifyHostKeyDNS "+value+"\nUserKnownHostsFile "+w.path("known")), "box", "echo in")
+			question := p.answer("(yes/no/[fingerprint])? ", "yes")
+			if strings.Contains(question, said) != (lines == 1) {
+				t.Errorf("the question is %q", question)
+			}
+			check("asked", p.ended(in, "in\r\n"), in, lines)
+		}
+	})
+}
+
+// ConnectionAttempts lets ssh wait for a server that is not there yet.
+func TestConnectionAttempts(t *testing.T) {
+	forPipes(t, func(t *testing.T, w *world) {
+		free := freePort(t)
+		refused := w.noTTY(w.interactive("one.conf", free, "ConnectionAttempts 1"), "box", "true").wait(patience)
+		want(t, refused, out, "")
+		w.append("known_hosts", knownHosts(free))
+		p := w.noTTY(w.interactive("many.conf", free, "ConnectionAttempts 100"), "-v", "box", "echo in")
+		p.expectErr(fmt.Sprintf("connect to address 127.0.0.1 port %d: ", free))
+		ln, err := net.Listen("tcp", loopback(free))
+		must(t, err)
+		front := newLinkFrom(t, ln, loopback(w.sshd))
+		want(t, p.wait(patience), in, "in\n")
+		if front.count() == 0 {
+			t.Error("somebody else has answered")
+		}
 	})
 }

@@ -33,14 +33,15 @@ const (
 	// answerTimeout bounds how long a master may take for what it does without asking anybody. With --fdpass it answers
 	// when TCP is up, which has the master's own bound.
 	answerTimeout = 30 * time.Second
-	// resolveTimeout bounds ssh -G, with all jump hosts, below the master's patience for the answer.
-	resolveTimeout = 50 * time.Second
 	// farewell is how long after the master this process may learn that ssh has ended.
 	farewell = 100 * time.Millisecond
 	// attempts is how often a master that ends while it is asked is looked for again: one that has just stopped still
 	// takes connections for a moment.
 	attempts = 3
 )
+
+// resolveTimeout bounds ssh -G, with all jump hosts, below the master's patience for the answer. Only tests change it.
+var resolveTimeout = 50 * time.Second
 
 const bypassHint = "set MUXPROXY_BYPASS=1 to connect without it"
 
@@ -122,12 +123,12 @@ func (b *bridge) share(dirs paths.Dirs) int {
 		if err != nil {
 			return b.fail(err)
 		}
-		status, err := b.talk(conn, hello, dirs)
+		status, resolved, err := b.talk(conn, hello, dirs)
 		conn.Close()
 		switch {
 		case err == nil:
 			return status
-		case ended(err) && i < attempts && b.gone.Err() == nil:
+		case ended(err) && !resolved && i < attempts && b.gone.Err() == nil:
 			continue
 		case ended(err):
 			err = errors.New("ended while it was asked")
@@ -156,8 +157,9 @@ func (b *bridge) hello() wire.Hello {
 	return h
 }
 
-// talk says hello and does what the master answers. An error means that nothing was done that could not be done again.
-func (b *bridge) talk(conn *net.UnixConn, h wire.Hello, dirs paths.Dirs) (status int, err error) {
+// talk says hello and does what the master answers. An error means that nothing was done but what resolved says: ssh -G has
+// run, and with it perhaps a Match exec, which is not run again unasked.
+func (b *bridge) talk(conn *net.UnixConn, h wire.Hello, dirs paths.Dirs) (status int, resolved bool, err error) {
 	cut := context.AfterFunc(b.gone, func() { conn.Close() })
 	defer cut()
 	w := wire.NewConn(conn)
@@ -166,9 +168,8 @@ func (b *bridge) talk(conn *net.UnixConn, h wire.Hello, dirs paths.Dirs) (status
 		files = []syscall.Conn{b.std.In, b.std.Out}
 	}
 	if err := w.SendHello(h, files...); err != nil {
-		return 0, err
+		return 0, resolved, err
 	}
-	resolved := false
 	for {
 		// The first answer is prompt. Served, where the socket becomes the stream, waits for the connection to the host.
 		if deadline := time.Now().Add(answerTimeout); !resolved || h.Mode == wire.Pipes {
@@ -179,31 +180,31 @@ func (b *bridge) talk(conn *net.UnixConn, h wire.Hello, dirs paths.Dirs) (status
 		a, err := w.ReadAnswer()
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return 0, fmt.Errorf("no answer within %v", answerTimeout)
+			return 0, resolved, fmt.Errorf("no answer within %v", answerTimeout)
 		case err != nil:
-			return 0, err
+			return 0, resolved, err
 		}
 		switch a.Kind {
 		case wire.Served:
 			if !cut() {
-				return exitFailed, nil // gone in this very moment
+				return exitFailed, resolved, nil // gone in this very moment
 			}
 			conn.SetReadDeadline(time.Time{})
-			return b.stream(w, h.Mode, dirs), nil
+			return b.stream(w, h.Mode, dirs), resolved, nil
 		case wire.Resolve:
 			if resolved {
-				return 0, fmt.Errorf("%w: it asked twice what ssh_config says", wire.ErrMalformed)
+				return 0, resolved, fmt.Errorf("%w: it asked twice what ssh_config says", wire.ErrMalformed)
 			}
 			resolved = true
 			if err := b.resolve(w); err != nil {
-				return 0, err
+				return 0, resolved, err
 			}
 		case wire.Bypass:
 			conn.Close()
-			return b.bypass(), nil
+			return b.bypass(), resolved, nil
 		case wire.Failed:
 			b.say(a.Message)
-			return exitFailed, nil
+			return exitFailed, resolved, nil
 		}
 	}
 }

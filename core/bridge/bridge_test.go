@@ -200,6 +200,24 @@ func TestAsksAgainWhenTheMasterEnds(t *testing.T) {
 	}
 }
 
+// But not after ssh -G has run: a Match exec may do more than look.
+func TestDoesNotAskAgainAfterResolve(t *testing.T) {
+	w := newWorld(t)
+	_, errs, status := w.run("", "u@resolve-and-end:22")
+	if status != 255 || !strings.HasPrefix(errs, "muxproxy: the master: ended while it was asked; see ") {
+		t.Errorf("%d, %q", status, errs)
+	}
+}
+
+// A Match exec that does not end holds ssh up no longer than the bound, also if what it has started keeps ssh's pipes.
+func TestResolveIsBounded(t *testing.T) {
+	w := newWorld(t, "TEST_SSH_HANGS=1", "TEST_RESOLVE_TIMEOUT=200ms")
+	_, errs, status := w.run("", "u@resolve:77")
+	if want := `error "ssh -G took longer than 200ms (a Match exec?); set MUXPROXY_BYPASS=1`; status != 255 || !strings.Contains(errs, want) {
+		t.Errorf("%d, %q", status, errs)
+	}
+}
+
 func TestResolve(t *testing.T) {
 	w := newWorld(t)
 	sock := filepath.Join(w.dirs.State, "agent")

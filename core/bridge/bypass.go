@@ -33,6 +33,12 @@ func (b *bridge) bypass() int {
 		config = &sshconfig.Resolved{}
 	}
 	os.Setenv(bypassing, b.target.String())
+	if err == nil && config.Get("hostname") != "" { // a canonical name that ssh left to its proxy
+		b.target.Host = strings.Trim(config.Get("hostname"), "[]")
+		if port, err := strconv.ParseUint(config.Get("port"), 10, 16); err == nil && port != 0 {
+			b.target.Port = uint16(port)
+		}
+	}
 	if err != nil {
 		// ssh itself has read its configuration, so this is about asking it. Most hosts need nothing of the answer.
 		if b.gone.Err() != nil {

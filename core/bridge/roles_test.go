@@ -27,6 +27,9 @@ import (
 func TestMain(m *testing.M) {
 	switch filepath.Base(os.Args[0]) {
 	case "muxproxy":
+		if d, err := time.ParseDuration(os.Getenv("TEST_RESOLVE_TIMEOUT")); err == nil {
+			resolveTimeout = d
+		}
 		os.Exit(Run(os.Args[1:], Std{os.Stdin, os.Stdout, os.Stderr}, os.Getenv))
 	case "muxproxyd":
 		if len(os.Args) != 2 || os.Args[1] != "master" {
@@ -65,6 +68,11 @@ func fakeSSH() int {
 		if reason := os.Getenv("TEST_SSH_FAILS"); reason != "" {
 			fmt.Fprintln(os.Stderr, reason)
 			return 255
+		}
+		if os.Getenv("TEST_SSH_HANGS") != "" { // in a Match exec, which outlives it, until the test ends
+			cmd := exec.Command("cat", os.Getenv("MUXPROXY_TEST_LEASH"))
+			cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+			cmd.Run()
 		}
 		fmt.Printf("user fromfile\nhostname fromfile\nport 1\n%s", os.Getenv("TEST_SSH_G"))
 		return 0
@@ -197,6 +205,15 @@ func serveOne(w *wire.Conn, n int) error {
 			return nil
 		}
 		return w.SendAnswer(wire.Answer{Kind: wire.Failed, Message: "at last"})
+	case "resolve-and-end":
+		if n > 1 {
+			return w.SendAnswer(wire.Answer{Kind: wire.Failed, Message: "asked again"})
+		}
+		if err := answer(wire.Resolve); err != nil {
+			return err
+		}
+		_, _, err := w.ReadResolution()
+		return err
 	case "bypass", "127.0.0.1":
 		return answer(wire.Bypass)
 	case "resolve":

@@ -10,7 +10,7 @@ import (
 )
 
 // closeOnExec keeps what this process has inherited beyond its standard streams from its children, and closes it where
-// it can: the log of ssh -E, and dbclient's own ends of the pipes to this process, which would else never end.
+// it can: the log of ssh -E, or the end of a pipe of whoever started ssh, which it would hold as long as the connection lasts.
 func closeOnExec() {
 	if names, err := os.ReadDir("/proc/self/fd"); err == nil {
 		for _, n := range names {

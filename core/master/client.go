@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,7 +42,7 @@ type client struct {
 	log    zerolog.Logger
 	wire   *wire.Conn
 	hello  wire.Hello
-	target use.Target
+	target use.Target // as asked for, then what that turned out to be
 	caller use.Caller
 	since  time.Time
 
@@ -51,6 +52,7 @@ type client struct {
 	handshake *local.Handshake
 	batch     bool          // BatchMode: its person is never asked
 	verbose   bool          // ssh -v
+	forwarded string        // identity of the agent that it would forward
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -110,6 +112,7 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	if !ok {
 		return
 	}
+	c.target = spec.Target
 	c.batch = spec.Config.Get("batchmode") == "yes"
 	level := strings.ToUpper(spec.Config.Get("loglevel"))
 	c.verbose = slices.Contains(hello.SSHArgs, "-v") || strings.HasPrefix(level, "DEBUG")
@@ -165,7 +168,7 @@ func (c *client) checkNamespaces() error {
 // and only the bridge can connect that. If it fails, the bridge has been told. The agent is the caller's to close.
 func (c *client) resolve() (pool.Spec, *agent, bool) {
 	if r, ok := c.master.configs.get(c.hello); ok {
-		if spec, ag := r.spec(c.target, nil); c.master.pool.Alive(spec) {
+		if spec, ag := c.spec(&r, nil); c.master.pool.Alive(spec) {
 			return spec, ag, true
 		}
 	}
@@ -187,14 +190,32 @@ func (c *client) resolve() (pool.Spec, *agent, bool) {
 	}
 	r := resolution{res.Config, res.AgentPath, res.Hops}
 	c.master.configs.put(c.hello, r)
-	spec, ag := r.spec(c.target, conn)
+	spec, ag := c.spec(&r, conn)
 	return spec, ag, true
 }
 
-// spec is what to dial. conn is the agent's connection that the bridge made, or nil; the agent owns it, and is the
-// caller's to close.
-func (r *resolution) spec(target use.Target, conn *os.File) (pool.Spec, *agent) {
-	spec := pool.Spec{Target: target, Config: &r.config}
+// spec is what to dial for the client. conn is the agent's connection that the bridge made, or nil; the agent owns it, and
+// is the caller's to close.
+func (c *client) spec(r *resolution, conn *os.File) (pool.Spec, *agent) {
+	spec, ag := r.spec(c.target, conn)
+	c.forwarded = c.forwardedAgent(&r.config, ag)
+	spec.Lane = c.lane(&r.config)
+	return spec, ag
+}
+
+// spec is what to dial for a target that was asked for: itself, but for a canonical name that was found for it. conn is
+// the agent's connection that the bridge made, or nil; the agent owns it, and is the caller's to close.
+func (r *resolution) spec(asked use.Target, conn *os.File) (pool.Spec, *agent) {
+	spec := pool.Spec{Target: asked, Config: &r.config}
+	if user := r.config.Get("user"); user != "" {
+		spec.Target.User = user
+	}
+	if host := strings.Trim(r.config.Get("hostname"), "[]"); host != "" {
+		spec.Target.Host = host
+	}
+	if port, err := strconv.ParseUint(r.config.Get("port"), 10, 16); err == nil && port != 0 {
+		spec.Target.Port = uint16(port)
+	}
 	ag := newAgent(r.agentPath, conn)
 	if ag != nil {
 		spec.Agent = ag
@@ -339,8 +360,8 @@ func (l *login) release() {
 // serveSSH is the SSH server side of a client, and the relay once it has been let in.
 func (c *client) serveSSH(spec pool.Spec, l *login, stream net.Conn) {
 	conn, err := c.master.authority.Accept(c.ctx, stream, local.Config{
-		User:       c.target.User,
-		Principals: local.Principals(c.target.Host, c.target.Alias, spec.Config.Get("hostkeyalias")),
+		User:       c.hello.Target.User, // as this ssh has it
+		Principals: local.Principals(c.hello.Target.Host, c.hello.Target.Alias, spec.Config.Get("hostkeyalias")),
 		Login: func(ctx context.Context) error {
 			select {
 			case <-l.done:
@@ -384,6 +405,7 @@ type front struct {
 func (f front) ID() uint64         { return f.c.id }
 func (f front) Caller() use.Caller { return f.c.caller }
 func (f front) Target() use.Target { return f.c.target }
+func (f front) Agent() string      { return f.c.forwarded }
 
 func (f front) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
 	return f.Conn.ServerConn.OpenChannel(kind, extra)

@@ -1,4 +1,4 @@
-// Package pool decides which upstream carries what: sharing key, single flight, drain and retention.
+// Package pool decides which upstream carries what: sharing key, single flight, lanes, spares, drain and retention.
 package pool
 
 import (
@@ -25,6 +25,10 @@ type Spec struct {
 	Transport func(ctx context.Context) (net.Conn, error)
 	// Via are the jump hosts, in the order in which they are passed. The pool makes Transport of them.
 	Via []Spec
+	// Lane is what the client is expected to need. The driver marks its packets by the class.
+	Lane Lane
+	// Silent tells the driver that nobody can be asked, nor expected to touch a security key.
+	Silent bool
 	// Env holds NAME=VALUE of the caller's environment for a ProxyCommand, on top of the process's own. Its SHELL runs it.
 	Env []string
 
@@ -53,6 +57,7 @@ type ServerInfo struct {
 	PostQuantum bool   // the key exchange is hybrid post-quantum
 	Auth        string // method that logged in, and the key's fingerprint where there is one
 	AgentID     string // Agent.ID if an agent's key logged in, else ""
+	Silent      bool   // the login took no person's answer, touch or time, so that one more like it would take none either
 }
 
 // Conn is one upstream SSH connection. All of it may be used by many goroutines.
@@ -62,8 +67,9 @@ type Conn interface {
 	Channels() <-chan ssh.NewChannel
 	Requests() <-chan *ssh.Request
 	Server() ServerInfo
-	// Probe asks the peer for a sign of life; an error means there was none before ctx ended.
-	Probe(ctx context.Context) error
+	// Probe waits for a sign of life; an error means there was none before ctx ended. ask makes the peer give one, and must
+	// not block; nil: a global request does.
+	Probe(ctx context.Context, ask func()) error
 	// Down tells that the transport has failed or was closed. It turns true before any channel of the connection
 	// reports EOF because of that, except for a DISCONNECT or protocol error, where it follows within microseconds.
 	Down() bool
@@ -74,6 +80,12 @@ type Conn interface {
 	Cause() error
 	// LastHeard is when the last byte came.
 	LastHeard() time.Time
+}
+
+// Marker is what a Conn may be besides.
+type Marker interface {
+	// Mark says what the connection carries from now on, for the network's sake (IPQoS).
+	Mark(Class)
 }
 
 // HostKeyKeeper is what a Conn may know besides.

@@ -52,14 +52,15 @@ var ErrForwardRefused = errors.New("the server refused the remote forward")
 // Listener is a remote forward, owned by one lease.
 type Listener struct {
 	lease *Lease
+	up    *upstream
 	addr  Addr // with the real port
 	// incoming takes the channels that belong here; it is served by one goroutine per channel.
-	incoming func(ssh.NewChannel)
+	incoming func(*NewChannel)
 	pending  chan struct{} // a place per channel that incoming has not answered
 	once     sync.Once
 }
 
-func (l *Listener) take(nc ssh.NewChannel) {
+func (l *Listener) take(nc *NewChannel) {
 	select {
 	case l.pending <- struct{}{}:
 		l.incoming(nc)
@@ -72,15 +73,18 @@ func (l *Listener) take(nc ssh.NewChannel) {
 // Addr is where the server listens, with the port that it chose.
 func (l *Listener) Addr() Addr { return l.addr }
 
+// Upstream is the number of the upstream whose server listens, as in List.
+func (l *Listener) Upstream() uint64 { return l.up.id }
+
 // Close ends the forward without waiting for the server: a request of another client for the same address that comes
 // later is behind the cancel on the wire. It may be called again.
 func (l *Listener) Close() {
-	l.end(func(name string, data []byte) { _, _, _ = l.lease.up.conn.SendRequest(name, false, data) })
+	l.end(func(name string, data []byte) { _, _, _ = l.up.conn.SendRequest(name, false, data) })
 }
 
 // Cancel ends the forward and returns whether the server agreed; it does not outlive ctx.
 func (l *Listener) Cancel(ctx context.Context) (agreed bool) {
-	l.end(func(name string, data []byte) { agreed, _, _ = l.lease.request(ctx, name, true, data) })
+	l.end(func(name string, data []byte) { agreed, _, _ = l.up.request(ctx, name, true, data) })
 	return agreed
 }
 
@@ -89,10 +93,11 @@ func (l *Listener) end(send func(name string, data []byte)) {
 		l.lease.mu.Lock()
 		delete(l.lease.listeners, l)
 		l.lease.mu.Unlock()
-		if !l.lease.up.fwd.remove(l) {
+		l.lease.unhold(l.up)
+		if !l.up.fwd.remove(l) {
 			return // the server gave the address to a newer forward (StreamLocalBindUnlink); a cancel would end that
 		}
-		if _, name, data := l.addr.requests(); !l.lease.up.conn.Down() {
+		if _, name, data := l.addr.requests(); !l.up.conn.Down() {
 			send(name, data)
 		}
 	})
@@ -206,7 +211,7 @@ func (f *forwards) find(u *upstream, nc ssh.NewChannel) *Listener {
 // Listen asks the server for a remote forward (RFC 4254 section 7.1). incoming is called, in a goroutine of its own,
 // with each channel that the server opens for it, and returns when it has accepted or rejected it. The forward ends with Close or with
 // the lease; if ctx ends before the server has answered, a forward that it still grants is cancelled.
-func (l *Lease) Listen(ctx context.Context, permit *use.Permit, a Addr, incoming func(ssh.NewChannel)) (*Listener, error) {
+func (l *Lease) Listen(ctx context.Context, permit *use.Permit, a Addr, incoming func(*NewChannel)) (*Listener, error) {
 	if !permit.Valid(use.RemoteForward) {
 		return nil, errors.New("no permit for a remote forward")
 	}
@@ -214,12 +219,21 @@ func (l *Lease) Listen(ctx context.Context, permit *use.Permit, a Addr, incoming
 		ln  *Listener
 		err error
 	}
-	u := l.up
+	u, err := l.homeNow(ctx)
+	if err != nil {
+		return nil, err
+	}
 	done := make(chan result, 1)
+	l.pool.mu.Lock()
+	l.holdLocked(u)
+	l.pool.mu.Unlock()
 	u.fwd.begin()
 	u.pool.wg.Go(func() {
-		ln, err := l.listen(a, incoming)
+		ln, err := u.listen(l, a, incoming)
 		u.fwd.settle(ln)
+		if ln == nil {
+			l.unhold(u)
+		}
 		if ln != nil && !l.own(ln) {
 			ln.Close()
 			ln, err = nil, errors.New("the client is gone")
@@ -246,9 +260,9 @@ func (l *Lease) own(ln *Listener) bool {
 	return true
 }
 
-func (l *Lease) listen(a Addr, incoming func(ssh.NewChannel)) (*Listener, error) {
+func (u *upstream) listen(l *Lease, a Addr, incoming func(*NewChannel)) (*Listener, error) {
 	start, _, data := a.requests()
-	ok, reply, err := l.up.conn.SendRequest(start, true, data)
+	ok, reply, err := u.conn.SendRequest(start, true, data)
 	if err != nil {
 		return nil, fmt.Errorf("asking for a remote forward: %w", err)
 	}
@@ -263,6 +277,6 @@ func (l *Lease) listen(a Addr, incoming func(ssh.NewChannel)) (*Listener, error)
 		a.Port = m.Port
 	}
 	return &Listener{
-		lease: l, addr: a, incoming: incoming, pending: make(chan struct{}, maxPendingPerListener),
+		lease: l, up: u, addr: a, incoming: incoming, pending: make(chan struct{}, maxPendingPerListener),
 	}, nil
 }

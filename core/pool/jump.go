@@ -19,9 +19,9 @@ import (
 // defaultConnectTimeout bounds a connection through a jump host where ConnectTimeout is not set.
 const defaultConnectTimeout = 30 * time.Second
 
-// transport returns how to reach spec's host through its last jump host, which is an upstream of the pool like any
-// other; nil without one.
-func (p *Pool) transport(spec Spec, by use.Use, ask Asker) func(context.Context) (net.Conn, error) {
+// transport returns how a dial reaches spec's host through its last jump host, which is an upstream of the pool like any
+// other; nil without one. through is told which.
+func (p *Pool) transport(spec Spec, by use.Use, ask Asker, through func(*upstream)) func(context.Context) (net.Conn, error) {
 	if len(spec.Via) == 0 {
 		return nil
 	}
@@ -38,11 +38,18 @@ func (p *Pool) transport(spec Spec, by use.Use, ask Asker) func(context.Context)
 	if s, err := strconv.Atoi(spec.Config.Get("connecttimeout")); err == nil && s > 0 {
 		timeout = time.Duration(s) * time.Second
 	}
-	return func(ctx context.Context) (net.Conn, error) { return p.jump(ctx, hop, spec.Target, timeout, by, ask) }
+	return func(ctx context.Context) (net.Conn, error) {
+		c, err := p.jump(ctx, hop, spec.Target, timeout, by, ask)
+		if err != nil {
+			return nil, err
+		}
+		through(c.up)
+		return c, nil
+	}
 }
 
 // jump opens a connection to a target through a jump host's upstream, which it holds a lease on until Close.
-func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.Duration, by use.Use, ask Asker) (net.Conn, error) {
+func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.Duration, by use.Use, ask Asker) (*jumpConn, error) {
 	permit, denied := p.gate.Decide(ctx, use.Use{
 		Kind: use.Jump, Client: by.Client, Caller: by.Caller, Target: hop.Target, Addr: to.Addr(),
 	}, nil)
@@ -81,7 +88,7 @@ func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.D
 
 // jumpConn is a channel of a jump host's upstream as a network connection.
 type jumpConn struct {
-	ssh.Channel
+	*Channel
 	lease  *Lease
 	permit *use.Permit
 	to     use.Target
@@ -91,14 +98,14 @@ type jumpConn struct {
 
 func (c *jumpConn) Write(b []byte) (int, error) {
 	n, err := c.Channel.Write(b)
-	c.lease.Count(int64(n), 0)
+	c.Count(int64(n), 0)
 	return n, err
 }
 
 func (c *jumpConn) Read(b []byte) (int, error) {
 	n, err := c.Channel.Read(b)
-	c.lease.Count(0, int64(n))
-	if err == io.EOF && c.lease.Down() {
+	c.Count(0, int64(n))
+	if err == io.EOF && c.Down() {
 		err = io.ErrUnexpectedEOF // the jump host's end is not the target's
 	}
 	return n, err

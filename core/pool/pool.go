@@ -24,6 +24,7 @@ type Pool struct {
 
 	ctx    context.Context // ends with Close; dials live in it
 	cancel context.CancelFunc
+	clock  func() time.Time
 	wg     sync.WaitGroup // dials, watchers and idle decisions
 
 	lastID atomic.Uint64
@@ -31,13 +32,22 @@ type Pool struct {
 	mu      sync.Mutex // guards what follows, and all fields of upstreams and flights that say so
 	ups     []*upstream
 	flights map[flightKey]*flight
+	growths map[laneKey]*growth
+	learned map[string]map[string]bool // by sharing key: the programs that turned out to be bulk
+	wake    chan struct{}              // closed, and made anew, when there may be room for a session
+	quiet   map[string]chan struct{}   // by sharing key: closed when no client is left
 	closed  bool
 }
 
 // New returns an empty pool. The gate is asked for jumps through pooled upstreams. Close ends it and waits.
 func New(d Dialer, r Retainer, gate use.Gate, log zerolog.Logger) *Pool {
-	p := &Pool{dialer: d, retainer: r, gate: gate, log: log, flights: map[flightKey]*flight{}}
+	p := &Pool{
+		dialer: d, retainer: r, gate: gate, log: log, clock: time.Now, flights: map[flightKey]*flight{},
+		growths: map[laneKey]*growth{}, learned: map[string]map[string]bool{}, wake: make(chan struct{}),
+		quiet: map[string]chan struct{}{},
+	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.wg.Go(p.watchClock)
 	return p
 }
 
@@ -56,8 +66,8 @@ func (p *Pool) Close() {
 
 var errClosed = errors.New("the master is stopping")
 
-// flightKey names what one dial serves: the sharing key, and the agent that may log in.
-type flightKey struct{ key, agent string }
+// flightKey names what one dial serves: the sharing key, the agent that may log in, and the agent that is forwarded.
+type flightKey struct{ key, agent, lane string }
 
 // keyOf is the flightKey of a spec. The jump hosts are part of the sharing key with all that they are logged in to by,
 // their agents too: nobody rides through a host that it could not pass, or through another one of the same name.
@@ -67,6 +77,7 @@ func keyOf(spec Spec) flightKey {
 		h := keyOf(hop)
 		k.key += "\x00" + hop.Target.String() + "\x00" + h.key + "\x00" + h.agent
 	}
+	k.lane = spec.Lane.Agent
 	if spec.Agent != nil {
 		k.agent = spec.Agent.ID()
 	}
@@ -77,23 +88,32 @@ func keyOf(spec Spec) flightKey {
 type flight struct {
 	id     uint64
 	target use.Target
+	lane   Lane
 	since  time.Time
 	cancel context.CancelFunc
 	done   chan struct{} // closed when the waiters have their leases, or err is set
 	err    error
 
+	through *upstream // the last jump host's; nil: none. The dial's own
+
 	// guarded by Pool.mu
 	waiters []*waiter // oldest first
 	tcpUp   bool
+	unasked bool  // a question has found nobody to answer it
 	drain   bool  // the upstream takes no others than those that wait
 	reason  error // why we ended it
 }
 
 type waiter struct {
 	asker     Asker
-	spec      Spec          // for Banner, Say and Debug
+	spec      Spec
+	by        use.Use
 	connected func()        // nil once called
 	gone      chan struct{} // closed when the waiter leaves
+	// late: it came when a question of the dial had found nobody, and was not asked. Set by join.
+	late bool
+	// again: the dial has failed, and not for want of this waiter's answers. Set before the flight's done is closed.
+	again bool
 	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
 	// first could be gone by then, and the upstream with it.
 	lease *Lease
@@ -101,34 +121,56 @@ type waiter struct {
 
 // Acquire returns a lease on an upstream for spec: a living one if there is one that may be shared, else the result
 // of one dial that all who ask for the same share, its error too. permit is the attach permit of the client; ask puts
-// the login's questions to the client's person. A client that leaves (ctx) leaves the dial to the others; the last one
-// ends it. The lease must be released.
+// the login's questions to the client's person; who comes when a question has found nobody to answer it gets another dial
+// if that one fails. A client that leaves (ctx) leaves the dial to the others; the last one ends it. The lease must be
+// released.
 func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask Asker) (*Lease, error) {
 	if !permit.Valid(use.Attach, use.Jump) {
 		return nil, errors.New("no permit to attach")
 	}
 	k := keyOf(spec)
-	var l *Lease
-	var f *flight
-	var w *waiter
-	for {
-		var err error
-		if l, f, w, err = p.join(k, spec, permit.Use(), ask); err != nil {
-			return nil, err
-		}
-		if l == nil {
-			break
-		}
-		if err := p.hostKeysStillGood(l, spec); err != nil {
-			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
-			l.Release()
-			continue // a new dial finds out, and says so
-		}
-		if spec.Connected != nil {
-			spec.Connected()
-		}
-		return l, nil
+	began := time.Now()
+	if spec.Connected != nil {
+		spec.Connected = sync.OnceFunc(spec.Connected)
 	}
+	for {
+		l, u, f, w, wait, err := p.join(k, spec, permit.Use(), ask, time.Since(began))
+		switch {
+		case err != nil:
+			return nil, err
+		case wait != nil:
+			if err := wake(ctx, wait, roomTime); err != nil {
+				return nil, err
+			}
+			continue
+		case l == nil:
+			if l, err = p.await(ctx, f, w); ctx.Err() == nil && w.again {
+				continue
+			}
+			return l, err
+		}
+		if err = hostKeysStillGood(u, spec); err != nil {
+			p.log.Warn().Stringer("target", spec.Target).Err(err).Msg("the host key is not good any more; no new clients")
+		} else {
+			err = u.checked(ctx)
+		}
+		switch {
+		case err == nil && spec.Connected != nil:
+			spec.Connected()
+			fallthrough
+		case err == nil:
+			return l, nil
+		}
+		l.Release()
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		// The next one is another, or a new dial, which finds out and says so.
+	}
+}
+
+// await waits for a flight's result, and leaves it.
+func (p *Pool) await(ctx context.Context, f *flight, w *waiter) (*Lease, error) {
 	select {
 	case <-f.done:
 	case <-ctx.Done():
@@ -146,22 +188,28 @@ func (p *Pool) Acquire(ctx context.Context, permit *use.Permit, spec Spec, ask A
 }
 
 // join finds a living upstream, or a flight to wait for, starting one if there is none.
-func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *flight, *waiter, error) {
+func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker, waited time.Duration) (
+	l *Lease, u *upstream, f *flight, w *waiter, wait <-chan struct{}, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
-		return nil, nil, nil, errClosed
+		return nil, nil, nil, nil, nil, errClosed
 	}
-	for _, u := range p.ups {
-		if u.serves(k) {
-			return u.leaseLocked(), nil, nil, nil
+	u, room, grow := p.attachLocked(k, spec.Lane.Class)
+	switch {
+	case u != nil && (room || grow):
+		l := p.newLeaseLocked(u, k, spec, by)
+		if grow { // it takes the time of a login, and the client has its own handshake before it
+			p.growLocked(l, spec.Lane)
 		}
+		return l, u, nil, nil, nil, nil
+	case u != nil && waited < roomTime:
+		return nil, nil, nil, nil, p.wake, nil
 	}
-	w := &waiter{asker: ask, spec: spec, connected: spec.Connected, gone: make(chan struct{})}
-	f := p.flights[k]
-	if f == nil {
+	w = &waiter{asker: ask, spec: spec, by: by, connected: spec.Connected, gone: make(chan struct{})}
+	if f = p.flights[k]; f == nil {
 		f = &flight{
-			id: p.lastID.Add(1), target: spec.Target, since: time.Now(),
+			id: p.lastID.Add(1), target: spec.Target, lane: spec.Lane, since: time.Now(),
 			done: make(chan struct{}),
 		}
 		p.flights[k] = f
@@ -171,14 +219,50 @@ func (p *Pool) join(k flightKey, spec Spec, by use.Use, ask Asker) (*Lease, *fli
 		spec.Banner = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Banner }) }
 		spec.Say = func(s string) { p.tellOldest(f, s, func(s Spec) func(string) { return s.Say }) }
 		spec.Debug = func(s string) { p.debug(f, s) }
-		spec.Transport = p.transport(spec, by, flightAsker{p, f})
+		spec.Transport = p.transport(spec, by, flightAsker{p, f}, func(u *upstream) { f.through = u })
 		p.wg.Go(func() { p.dial(ctx, k, spec, f) })
 	} else if f.tcpUp && w.connected != nil {
 		p.wg.Go(w.connected)
 		w.connected = nil
 	}
+	w.late = f.unasked
 	f.waiters = append(f.waiters, w)
-	return nil, f, w, nil
+	return nil, nil, f, w, nil, nil
+}
+
+// roomTime is how long a client waits for room on an upstream before it has its person asked for another login. That is
+// now or never: after the handshake nobody can be asked.
+const roomTime = 3 * time.Second
+
+// attachLocked chooses the upstream that a client attaches to, nil if there is none. room: its sessions may be carried by
+// one that there is. grow: they are better carried by another, which can be had without a person.
+func (p *Pool) attachLocked(k flightKey, class Class) (best *upstream, room, grow bool) {
+	rank := func(u *upstream) int {
+		switch {
+		case !u.hasRoomLocked():
+			return 1
+		case u.lane.Class != class:
+			return 2
+		}
+		return 3
+	}
+	for _, u := range p.ups {
+		if u.serves(k) && (best == nil || rank(u) > rank(best)) {
+			best = u
+		}
+	}
+	if best == nil || rank(best) == 3 {
+		return best, true, false
+	}
+	room = rank(best) == 2
+	switch g := p.growths[laneKey{k, class}]; {
+	case !best.conn.Server().Silent:
+	case room && len(best.leases) == 0:
+		best.setLaneLocked(Lane{class, k.lane})
+	default:
+		grow = g == nil || time.Since(g.failed) > growPause
+	}
+	return best, room, grow
 }
 
 // leave takes a waiter away. A dial that nobody waits for any more is ended, unless it is over.
@@ -270,13 +354,18 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 	var u *upstream
 	if err == nil {
 		u = newUpstream(p, f.id, k, spec, conn)
+		u.through = f.through
 		u.draining = f.drain
 		p.ups = append(p.ups, u)
 		for _, w := range f.waiters {
-			w.lease = u.leaseLocked()
+			w.lease = p.newLeaseLocked(u, keyOf(w.spec), w.spec, w.by)
 		}
 	} else if f.err = err; f.reason != nil {
 		f.err = f.reason
+	} else {
+		for _, w := range f.waiters {
+			w.again = w.late
+		}
 	}
 	close(f.done)
 	p.mu.Unlock()
@@ -284,9 +373,14 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		p.log.Info().Stringer("target", spec.Target).Err(err).Msg("dial failed")
 		return
 	}
-	s := conn.Server()
-	p.log.Info().Uint64("upstream", f.id).Stringer("target", spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
-		Str("server", use.Printable(s.Version)).Dur("took", time.Since(f.since)).Msg("upstream is up")
+	p.up(u, f.since)
+}
+
+// up starts what serves a new upstream.
+func (p *Pool) up(u *upstream, since time.Time) {
+	s := u.conn.Server()
+	p.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
+		Str("server", use.Printable(s.Version)).Dur("took", time.Since(since)).Msg("upstream is up")
 	u.run()
 }
 
@@ -320,6 +414,7 @@ func (a flightAsker) Ask(ctx context.Context, q Question) ([]string, error) {
 				break
 			}
 		}
+		a.f.unasked = a.f.unasked || w == nil
 		a.p.mu.Unlock()
 		if w == nil {
 			return nil, ErrNobody
@@ -371,6 +466,10 @@ type ConnInfo struct {
 	Clients   int
 	Channels  int64
 	In, Out   int64 // bytes of channel data: towards the remote host, from it
+	Sessions  int   // open session channels, the spare among them
+	// MaxSessions is how many sessions the server was found to allow on this connection; 0: not known.
+	MaxSessions int
+	Suspect     bool // the server has given no sign of life when it was asked; no new clients until it does
 }
 
 // List returns all upstreams, those that are being dialled too.
@@ -390,7 +489,7 @@ func (p *Pool) List() []ConnInfo {
 
 func (f *flight) infoLocked() ConnInfo {
 	return ConnInfo{
-		ID: f.id, Target: f.target, Lane: laneInteractive, State: Dialling, Since: f.since, Clients: len(f.waiters),
+		ID: f.id, Target: f.target, Lane: f.lane.String(), State: Dialling, Since: f.since, Clients: len(f.waiters),
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -50,15 +51,15 @@ func (c *fakeConn) end(cause error) {
 	})
 }
 
-func (c *fakeConn) Close() error                    { c.end(nil); return nil }
-func (c *fakeConn) Wait() error                     { <-c.ended; return io.EOF }
-func (c *fakeConn) Channels() <-chan ssh.NewChannel { return c.channels }
-func (c *fakeConn) Requests() <-chan *ssh.Request   { return c.requests }
-func (c *fakeConn) Server() ServerInfo              { return ServerInfo{AgentID: c.agent} }
-func (c *fakeConn) Probe(context.Context) error     { return nil }
-func (c *fakeConn) LastHeard() time.Time            { return time.Now() }
-func (c *fakeConn) Over() time.Time                 { return time.Time{} }
-func (c *fakeConn) Cause() error                    { <-c.ended; return c.cause }
+func (c *fakeConn) Close() error                        { c.end(nil); return nil }
+func (c *fakeConn) Wait() error                         { <-c.ended; return io.EOF }
+func (c *fakeConn) Channels() <-chan ssh.NewChannel     { return c.channels }
+func (c *fakeConn) Requests() <-chan *ssh.Request       { return c.requests }
+func (c *fakeConn) Server() ServerInfo                  { return ServerInfo{AgentID: c.agent} }
+func (c *fakeConn) Probe(context.Context, func()) error { return nil }
+func (c *fakeConn) LastHeard() time.Time                { return time.Now() }
+func (c *fakeConn) Over() time.Time                     { return time.Time{} }
+func (c *fakeConn) Cause() error                        { <-c.ended; return c.cause }
 func (c *fakeConn) Down() bool {
 	select {
 	case <-c.ended:
@@ -86,6 +87,8 @@ type dialer struct {
 	agent bool // the agent's key logs in
 	ask   bool // puts a question
 	asked chan []string
+	// nobody gets a value when the question has found nobody; the dial then fails as soon as hold lets it. nil: at once.
+	nobody chan struct{}
 }
 
 func (d *dialer) Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error) {
@@ -98,7 +101,11 @@ func (d *dialer) Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error) {
 	if d.ask {
 		answers, err := ask.Ask(ctx, Question{Prompts: []Prompt{{Text: "Password: "}}})
 		if err != nil {
-			return nil, err
+			if d.nobody != nil {
+				d.nobody <- struct{}{}
+				<-d.hold
+			}
+			return nil, errors.New("h.example.com:22: permission denied") // a driver's line, which does not wrap ErrNobody
 		}
 		d.asked <- answers
 	}
@@ -184,6 +191,13 @@ func acquire(t *testing.T, p *Pool, s Spec) *Lease {
 		t.Fatal(err)
 	}
 	return l
+}
+
+// lossOf waits for the end of an upstream of the lease.
+func lossOf(l *Lease) Loss {
+	c := make(chan Loss, 8)
+	l.Watch(func(loss Loss) { c <- loss })
+	return <-c
 }
 
 func eventually(t *testing.T, what string, cond func() bool) {
@@ -310,6 +324,125 @@ func TestTheWayIsPartOfTheKey(t *testing.T) {
 	}
 }
 
+// judge is a driver whose connections know whether their host's key is still good, and carry others.
+type judge struct {
+	mu      sync.Mutex // guards revoked
+	revoked string     // a user, who stands for a host
+}
+
+func (j *judge) revoke(user string) {
+	j.mu.Lock()
+	j.revoked = user
+	j.mu.Unlock()
+}
+
+func (j *judge) good(s Spec) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if s.Target.User == j.revoked {
+		return errors.New("the host key of " + j.revoked + " is revoked")
+	}
+	return nil
+}
+
+func (j *judge) Dial(ctx context.Context, s Spec, _ Asker) (Conn, error) {
+	var way net.Conn
+	if s.Transport != nil {
+		var err error
+		if way, err = s.Transport(ctx); err != nil {
+			return nil, err
+		}
+	}
+	c := newFakeConn("")
+	go func() {
+		<-c.ended
+		if way != nil {
+			way.Close()
+		}
+	}()
+	if err := j.good(s); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return judged{c, j}, nil
+}
+
+type judged struct {
+	*fakeConn
+	j *judge
+}
+
+func (c judged) HostKeyStillGood(s Spec) error { return c.j.good(s) }
+
+func (c judged) OpenChannel(string, []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	requests := make(chan *ssh.Request)
+	return &silent{close: sync.OnceFunc(func() { close(requests) })}, requests, nil
+}
+
+// silent is a channel that can only be closed.
+type silent struct {
+	ssh.Channel
+	close func()
+}
+
+func (s *silent) Close() error { s.close(); return nil }
+
+// A client rides only where it would trust each host of the way now: the keys of the very upstreams that carry it count.
+func TestARevokedKeyOnTheWay(t *testing.T) {
+	far := spec("far")
+	far.Via = []Spec{spec("first"), spec("second")}
+	isFirst := func(c ConnInfo) bool { return c.Target.User == "first" }
+	for name, c := range map[string]struct {
+		user  string
+		drain bool
+		way   int // upstreams of the way that take no new clients
+	}{
+		"the host":                      {"far", false, 1},
+		"the nearest jump host":         {"second", false, 2},
+		"the first jump host":           {"first", false, 3},
+		"the first, which takes no new": {"first", true, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			j := &judge{}
+			p := newPool(t, j, CloseAtOnce{})
+			old := acquire(t, p, far)
+			again := acquire(t, p, far)
+			if again.ID() != old.ID() {
+				t.Error("not shared")
+			}
+			again.Release()
+			if c.drain && p.Drain(isFirst) != 1 {
+				t.Error("no first jump host")
+			}
+			j.revoke(c.user)
+			_, err := p.Acquire(t.Context(), permit(t, use.Attach), far, noAsker{})
+			if err == nil || err.Error() != "the host key of "+c.user+" is revoked" {
+				t.Fatalf("got %v", err)
+			}
+			draining := 0
+			for _, u := range p.List() {
+				if u.State == Draining {
+					draining++
+				}
+			}
+			if draining != c.way {
+				t.Errorf("%d upstreams take no new clients, not %d", draining, c.way)
+			}
+			j.revoke("")
+			fresh := acquire(t, p, far)
+			if fresh.ID() == old.ID() {
+				t.Error("it rides after all")
+			}
+			if old.home.conn.Down() {
+				t.Error("who was there before is cut")
+			}
+			old.Release()
+			fresh.Release()
+			eventually(t, "all closed", func() bool { return len(p.List()) == 0 })
+		})
+	}
+}
+
 func TestTheLastWaiterEndsTheDial(t *testing.T) {
 	d := &dialer{hold: make(chan struct{})}
 	p := newPool(t, d, CloseAtOnce{})
@@ -353,7 +486,7 @@ func TestNoGapWhileClosing(t *testing.T) {
 		wg.Go(func() {
 			for range 300 {
 				l := acquire(t, p, spec("alice"))
-				if l.Down() {
+				if l.home.conn.Down() {
 					t.Error("a lease on a closed upstream")
 				}
 				l.Release()
@@ -379,7 +512,7 @@ func TestDrain(t *testing.T) {
 	if fresh.ID() == old.ID() {
 		t.Error("a newcomer rides on a draining upstream")
 	}
-	if old.Down() {
+	if old.home.conn.Down() {
 		t.Error("the draining upstream ended with a client on it")
 	}
 	old.Release()
@@ -395,9 +528,8 @@ func TestCloseMatchingTellsWhy(t *testing.T) {
 	if n := p.CloseMatching(func(c ConnInfo) bool { return c.ID == l.ID() }, why); n != 1 {
 		t.Errorf("%d closed", n)
 	}
-	<-l.Lost()
-	if !errors.Is(l.Reason(), why) {
-		t.Errorf("reason %v", l.Reason())
+	if loss := lossOf(l); !errors.Is(loss.Reason, why) || loss.Elsewhere {
+		t.Errorf("loss %+v", loss)
 	}
 	l.Release()
 
@@ -424,8 +556,7 @@ func TestALostUpstreamIsReplaced(t *testing.T) {
 	if next.ID() == l.ID() {
 		t.Error("a lease on a lost upstream")
 	}
-	<-l.Lost()
-	if got := fmt.Sprint(l.Reason()); got != "h.example.com:22: connection reset by peer" {
+	if got := fmt.Sprint(lossOf(l).Reason); got != "h.example.com:22: connection reset by peer" {
 		t.Errorf("reason %q", got)
 	}
 	l.Release()
@@ -522,6 +653,53 @@ func TestAQuestionGoesToTheNextIfTheAskedLeaves(t *testing.T) {
 	}
 }
 
+// Who comes to a dial that has given up asking is asked by the next one, once, whatever the first one's error says.
+func TestWhoComesAfterTheQuestionIsAskedAgain(t *testing.T) {
+	for name, late := range map[string]struct {
+		asker Asker
+		in    bool
+	}{"a person": {person{answer: "secret"}, true}, "nobody": {noAsker{}, false}} {
+		t.Run(name, func(t *testing.T) {
+			d := &dialer{ask: true, asked: make(chan []string, 1), hold: make(chan struct{}), nobody: make(chan struct{}, 2)}
+			p := newPool(t, d, CloseAtOnce{})
+			attach := func(a Asker) chan error {
+				done := make(chan error, 1)
+				s := spec("alice")
+				connected := 0
+				s.Connected = func() { connected++ }
+				go func() {
+					l, err := p.Acquire(context.Background(), permit(t, use.Attach), s, a)
+					if err == nil {
+						l.Release()
+					}
+					if connected != 1 {
+						t.Errorf("told %d times that the transport is up", connected)
+					}
+					done <- err
+				}()
+				return done
+			}
+			first := attach(noAsker{})
+			<-d.nobody
+			second := attach(late.asker)
+			eventually(t, "both wait", func() bool { l := p.List(); return len(l) == 1 && l[0].Clients == 2 })
+			close(d.hold)
+			if err := <-first; err == nil {
+				t.Error("who can't be asked was let in")
+			}
+			if err := <-second; (err == nil) != late.in {
+				t.Fatalf("the second got %v", err)
+			}
+			if late.in && !slices.Equal(<-d.asked, []string{"secret"}) {
+				t.Error("another answer came")
+			}
+			if d.count() != 2 {
+				t.Errorf("%d dials", d.count())
+			}
+		})
+	}
+}
+
 // Nothing opens upstream without a permit of the right kind, made by a gate, and not ended.
 func TestPermits(t *testing.T) {
 	d := &dialer{}
@@ -544,7 +722,7 @@ func TestPermits(t *testing.T) {
 			}
 			return err
 		},
-		"session": func(pm *use.Permit) error { _, _, err := l.Session(ctx, pm); return err },
+		"session": func(pm *use.Permit) error { _, _, err := l.Session(ctx, pm, Lane{}, nil); return err },
 		"open":    func(pm *use.Permit) error { _, _, err := l.Open(ctx, pm, "direct-tcpip", nil); return err },
 		"listen":  func(pm *use.Permit) error { _, err := l.Listen(ctx, pm, Addr{Port: 1}, nil); return err },
 		"request": func(pm *use.Permit) error { _, _, err := l.Request(ctx, pm, "x", true, nil); return err },

@@ -2,29 +2,25 @@ package pool
 
 import (
 	"context"
-	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/ssh"
-
-	"github.com/muxproxy/muxproxy/core/use"
 )
-
-// laneInteractive is the default lane.
-const laneInteractive = "interactive"
 
 // upstream is one SSH connection to a remote host and what the pool knows of it.
 type upstream struct {
-	pool  *Pool
-	id    uint64
-	key   string
-	spec  Spec
-	conn  Conn
-	since time.Time
-	dead  chan struct{} // closed when the connection has ended and the upstream has left the list
+	pool *Pool
+	id   uint64
+	key  string
+	spec Spec
+	conn Conn
+	// through is the last jump host's upstream, which carries this one; nil: none. Set before the first lease.
+	through *upstream
+	since   time.Time
+	dead    chan struct{} // closed when the connection has ended and the upstream has left the list
 
 	channels atomic.Int64
 	in, out  atomic.Int64
@@ -34,6 +30,14 @@ type upstream struct {
 
 	// guarded by Pool.mu
 	leases   map[*Lease]struct{}
+	lane     Lane
+	sessions sessions
+	granted  map[string]bool          // session requests that the server has granted once
+	cookies  map[*Channel]*x11Owner   // of the sessions that forward X11
+	agents   map[*Channel]*agentOwner // of the sessions that forward their client's agent
+	agentReq *agentReq                // the one that the server honours; nil: not asked yet
+	probing  *probe                   // under way
+	suspect  time.Time                // when a probe failed; a sign of life after that counts again
 	draining bool
 	reason   error  // why we closed it, for its clients
 	idle     uint64 // counts the times that the last client left; a decision about an older idle is void
@@ -43,25 +47,24 @@ type upstream struct {
 
 func newUpstream(p *Pool, id uint64, k flightKey, spec Spec, conn Conn) *upstream {
 	u := &upstream{
-		pool: p, id: id, key: k.key, spec: spec, conn: conn, since: time.Now(),
+		pool: p, id: id, key: k.key, spec: spec, conn: conn, since: time.Now(), lane: spec.Lane,
 		dead: make(chan struct{}), leases: map[*Lease]struct{}{}, keepalives: make(chan *ssh.Request, 16),
+		granted: map[string]bool{}, cookies: map[*Channel]*x11Owner{}, agents: map[*Channel]*agentOwner{},
 	}
 	u.spec = Spec{Target: spec.Target, Config: spec.Config} // the rest belongs to clients that come and go
 	u.fwd.init()
 	return u
 }
 
-// serves tells whether a client with this key may ride; Pool.mu is held. An upstream that an agent's key logged in
-// carries only clients of that agent.
+// serves tells whether a client with this key may attach; Pool.mu is held.
 func (u *upstream) serves(k flightKey) bool {
-	agent := u.conn.Server().AgentID
-	return u.key == k.key && !u.draining && !u.conn.Down() && (agent == "" || agent == k.agent)
+	return u.key == k.key && u.lane.Agent == k.lane && u.admits(k.agent) && !u.draining && !u.conn.Down() && !u.suspectLocked()
 }
 
-func (u *upstream) leaseLocked() *Lease {
-	l := &Lease{up: u, listeners: map[*Listener]struct{}{}}
-	u.leases[l] = struct{}{}
-	return l
+// admits tells whether a client of this agent may ride: what an agent's key logged in carries only clients of that agent.
+func (u *upstream) admits(agent string) bool {
+	by := u.conn.Server().AgentID
+	return by == "" || by == agent
 }
 
 func (u *upstream) infoLocked() ConnInfo {
@@ -70,10 +73,60 @@ func (u *upstream) infoLocked() ConnInfo {
 		state = Draining
 	}
 	return ConnInfo{
-		ID: u.id, Target: u.spec.Target, Lane: laneInteractive, State: state, Since: u.since, LastHeard: u.conn.LastHeard(),
+		ID: u.id, Target: u.spec.Target, Lane: u.lane.String(), State: state, Since: u.since, LastHeard: u.conn.LastHeard(),
 		Server: u.conn.Server(), Clients: len(u.leases), Channels: u.channels.Load(), In: u.in.Load(), Out: u.out.Load(),
+		Sessions: u.sessions.open, MaxSessions: u.sessions.limit, Suspect: u.suspectLocked(),
 	}
 }
+
+// setLaneLocked makes the upstream part of another lane.
+func (u *upstream) setLaneLocked(lane Lane) {
+	u.lane = lane
+	if m, ok := u.conn.(Marker); ok {
+		m.Mark(lane.Class)
+	}
+}
+
+// letGoLocked takes a lease off the upstream, which with the last one closes, or stays for a while.
+func (u *upstream) letGoLocked(l *Lease) {
+	if _, ok := u.leases[l]; !ok {
+		return
+	}
+	delete(u.leases, l)
+	if len(u.leases) > 0 {
+		return
+	}
+	u.idle++
+	if idle := u.idle; !u.pool.closed {
+		u.pool.wg.Go(func() { u.release(idle) })
+	}
+	u.pool.quietLocked(u.key)
+}
+
+// why is a person's line about why the upstream has ended.
+func (u *upstream) why() error {
+	u.pool.mu.Lock()
+	defer u.pool.mu.Unlock()
+	if u.reason != nil {
+		return u.reason
+	}
+	return lostError(u.spec.Target, u.conn.Cause())
+}
+
+// alive tells whether the server has given a sign of life within two keepalive intervals.
+func (u *upstream) alive() bool {
+	return !u.conn.Down() && time.Since(u.conn.LastHeard()) < 2*aliveInterval(u.spec.Config.Get("serveraliveinterval"))
+}
+
+func aliveInterval(seconds string) time.Duration {
+	if d, err := time.ParseDuration(seconds + "s"); err == nil && d > 0 {
+		return d
+	}
+	return DefaultAliveInterval
+}
+
+// DefaultAliveInterval is how often a silent upstream is asked for a sign of life where ServerAliveInterval is not set.
+const DefaultAliveInterval = 15 * time.Second
 
 // run starts what drains the connection and notices its end. Its goroutines end with the connection; the last one
 // takes the upstream out of the list.
@@ -90,8 +143,12 @@ func (u *upstream) run() {
 			u.reason = lostError(u.spec.Target, u.conn.Cause())
 		}
 		clients := len(u.leases)
-		u.pool.mu.Unlock()
+		for l := range u.leases {
+			l.lostLocked(u)
+		}
+		u.pool.wakeLocked()
 		close(u.dead)
+		u.pool.mu.Unlock()
 		drains.Wait()
 		u.fwd.end()
 		u.pool.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Int("clients", clients).
@@ -131,10 +188,10 @@ func (u *upstream) serveChannels() {
 			continue
 		}
 		wg.Go(func() {
-			l := u.fwd.find(u, nc)
+			owner := u.owner(nc)
 			<-slots
-			if l != nil {
-				l.take(nc)
+			if owner != nil {
+				owner()
 			}
 		})
 	}
@@ -142,86 +199,50 @@ func (u *upstream) serveChannels() {
 }
 
 const (
-	// maxQueued and maxQueuedBytes bound the requests that wait for someone who does not take them.
-	maxQueued      = 4096
-	maxQueuedBytes = 1 << 20
 	// maxPendingOpens bounds the channels of a server that wait until their owner is known.
 	maxPendingOpens = 256
 	// maxPendingPerListener bounds those that wait for one owner's answer.
 	maxPendingPerListener = 64
 )
 
-// Queue takes requests from in without ever letting them wait there: x/crypto stops reading the whole connection at
-// the 17th that nobody takes (chanSize in its mux.go). It ends, and closes what it returns, when in is closed and the
-// rest has been taken. Past a bound overflow is called, once, and all further requests are dropped; it must end the
-// connection or channel that sends them. The returned channel must be drained.
-func Queue(in <-chan *ssh.Request, overflow func()) <-chan *ssh.Request {
-	out := make(chan *ssh.Request)
-	go queue(in, out, nil, func() {}, overflow)
-	return out
-}
-
-// queue is Queue; mine may keep a request for itself, and must not block; closed is called when in is closed.
-func queue(in <-chan *ssh.Request, out chan<- *ssh.Request, mine func(*ssh.Request) bool, closed, overflow func()) {
-	defer close(out)
-	var waiting []*ssh.Request
-	size := 0 // bytes of payload in waiting
-	over := false
-	for in != nil || len(waiting) > 0 {
-		var next *ssh.Request
-		var to chan<- *ssh.Request
-		if len(waiting) > 0 {
-			next, to = waiting[0], out
-		}
-		select {
-		case r, ok := <-in:
-			switch {
-			case !ok:
-				closed()
-				in = nil
-			case mine != nil && mine(r):
-			case len(waiting) < maxQueued && size+len(r.Payload) <= maxQueuedBytes && !over:
-				waiting = append(waiting, r)
-				size += len(r.Payload)
-			case !over:
-				over = true
-				// Not here: ending a connection may wait for its reader, which may wait for us.
-				go overflow()
-			}
-		case to <- next:
-			size -= len(next.Payload)
-			waiting[0] = nil
-			waiting = waiting[1:]
-		}
-	}
-}
-
 // release is called when the last client has left: it asks how long the upstream stays, and closes it when that is
-// over and nobody came.
+// over and nobody came. One beside others of its target stays for their clients, but not beyond them.
 func (u *upstream) release(idle uint64) {
 	for {
-		ctx, cancel := context.WithTimeout(u.pool.ctx, 10*time.Second)
 		u.pool.mu.Lock()
 		info := u.infoLocked()
+		extra, quiet := u.extraLocked()
 		u.pool.mu.Unlock()
-		until := time.Time{}
-		if info.State == Up {
-			until = u.pool.retainer.Retain(ctx, info)
+		wait := time.Duration(0)
+		switch {
+		case info.State != Up || u.conn.Down():
+		case quiet != nil:
+			wait = lingerTime
+		case !extra:
+			ctx, cancel := context.WithTimeout(u.pool.ctx, 10*time.Second)
+			wait = time.Until(u.pool.retainer.Retain(ctx, info))
+			cancel()
 		}
-		cancel()
-		wait := time.Until(until)
 		if wait <= 0 {
 			break
 		}
 		t := time.NewTimer(wait)
 		select {
 		case <-t.C:
+		case <-quiet:
 		case <-u.dead:
 			t.Stop()
 			return
+		case <-u.pool.ctx.Done():
+			t.Stop()
+			return
 		}
+		t.Stop()
 		if !u.stillIdle(idle) {
 			return
+		}
+		if quiet != nil && extra {
+			break
 		}
 	}
 	u.pool.mu.Lock()
@@ -236,51 +257,80 @@ func (u *upstream) release(idle uint64) {
 	u.conn.Close()
 }
 
+// extraLocked tells whether the upstream is one beside another that serves the same clients, and what is closed when
+// its target has no clients any more; nil: it has none.
+func (u *upstream) extraLocked() (extra bool, quiet <-chan struct{}) {
+	p := u.pool
+	for _, o := range p.ups {
+		if o == u || o.key != u.key || o.draining || o.conn.Down() {
+			continue
+		}
+		if o.lane.Agent == u.lane.Agent && o.conn.Server().AgentID == u.conn.Server().AgentID {
+			before := o.lane.Class < u.lane.Class || o.lane.Class == u.lane.Class && o.id < u.id
+			extra = extra || before
+		}
+	}
+	if p.busyLocked(u.key) {
+		if p.quiet[u.key] == nil {
+			p.quiet[u.key] = make(chan struct{})
+		}
+		quiet = p.quiet[u.key]
+	}
+	return extra, quiet
+}
+
+// busyLocked tells whether a client of the target holds an upstream, or waits for room.
+func (p *Pool) busyLocked(key string) bool {
+	for _, u := range p.ups {
+		if u.key == key && len(u.leases) > 0 {
+			return true
+		}
+	}
+	for k, g := range p.growths {
+		if k.key == key && g.waiting > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// quietLocked tells those that linger when the target has no clients any more.
+func (p *Pool) quietLocked(key string) {
+	if c := p.quiet[key]; c != nil && !p.busyLocked(key) {
+		close(c)
+		delete(p.quiet, key)
+	}
+}
+
 func (u *upstream) stillIdle(idle uint64) bool {
 	u.pool.mu.Lock()
 	defer u.pool.mu.Unlock()
 	return len(u.leases) == 0 && u.idle == idle
 }
 
-// Lease is a client's hold on its target's upstream. It must be released.
-type Lease struct {
-	// Overflow ends the client: the server sends it more channel requests than can wait. Set before the first channel is
-	// opened; nil: only the channel ends.
-	Overflow func()
-
-	up   *upstream
-	once sync.Once
-
-	mu        sync.Mutex // guards what follows
-	released  bool
-	listeners map[*Listener]struct{}
+// drain lets the upstream take no new clients.
+func (u *upstream) drain() {
+	u.pool.mu.Lock()
+	u.draining = true
+	u.pool.mu.Unlock()
 }
 
 // hostKeysStillGood checks what the user's files say now about the keys that the server and the jump hosts on the way
-// have shown. If they don't like one any more, its upstream and l's take no new clients.
-func (p *Pool) hostKeysStillGood(l *Lease, spec Spec) error {
-	err := l.up.hostKeyStillGood(spec)
-	for i, hop := range spec.Via {
-		if err != nil {
-			break
+// have shown. If they don't like one any more, its upstream and u take no new clients.
+func hostKeysStillGood(u *upstream, spec Spec) error {
+	// The upstreams that carry it, which may take no new clients themselves, rather than any for the same jump hosts.
+	for o := u; o != nil; o = o.through {
+		if err := o.hostKeyStillGood(spec); err != nil {
+			u.drain()
+			return err
 		}
-		hop.Via = spec.Via[:i]
-		k := keyOf(hop)
-		p.mu.Lock()
-		at := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.serves(k) })
-		var u *upstream
-		if at >= 0 {
-			u = p.ups[at]
-		}
-		p.mu.Unlock()
-		if u != nil {
-			err = u.hostKeyStillGood(hop)
+		if last := len(spec.Via) - 1; last >= 0 { // as many as there are upstreams below: they are part of the sharing key
+			hop := spec.Via[last]
+			hop.Via = spec.Via[:last]
+			spec = hop
 		}
 	}
-	if err != nil {
-		l.up.drain()
-	}
-	return err
+	return nil
 }
 
 func (u *upstream) hostKeyStillGood(spec Spec) error {
@@ -293,245 +343,4 @@ func (u *upstream) hostKeyStillGood(spec Spec) error {
 		u.drain()
 	}
 	return err
-}
-
-// drain lets the upstream take no new clients.
-func (u *upstream) drain() {
-	u.pool.mu.Lock()
-	u.draining = true
-	u.pool.mu.Unlock()
-}
-
-// Lost is closed when the upstream has ended.
-func (l *Lease) Lost() <-chan struct{} { return l.up.dead }
-
-// Down tells that the upstream's transport has failed: an EOF on one of its channels may be because of that.
-func (l *Lease) Down() bool { return l.up.conn.Down() }
-
-// Reason is a person's line about why the upstream has ended; nil before Lost.
-func (l *Lease) Reason() error {
-	l.up.pool.mu.Lock()
-	defer l.up.pool.mu.Unlock()
-	return l.up.reason
-}
-
-// ID is the upstream's number, as in List.
-func (l *Lease) ID() uint64 { return l.up.id }
-
-// Count adds channel data to the upstream's totals: bytes towards the remote host, and bytes from it.
-func (l *Lease) Count(in, out int64) {
-	if in != 0 {
-		l.up.in.Add(in)
-	}
-	if out != 0 {
-		l.up.out.Add(out)
-	}
-}
-
-// Alive tells whether the server has given a sign of life within two keepalive intervals: one that is late is not
-// dead yet, but nothing should vouch for it.
-func (l *Lease) Alive() bool {
-	return !l.up.conn.Down() && time.Since(l.up.conn.LastHeard()) < 2*aliveInterval(l.up.spec.Config.Get("serveraliveinterval"))
-}
-
-func aliveInterval(seconds string) time.Duration {
-	if d, err := time.ParseDuration(seconds + "s"); err == nil && d > 0 {
-		return d
-	}
-	return DefaultAliveInterval
-}
-
-// DefaultAliveInterval is how often a silent upstream is asked for a sign of life where ServerAliveInterval is not set.
-const DefaultAliveInterval = 15 * time.Second
-
-// Release gives the lease back: its remote forwards are cancelled, and with the last lease the upstream ends unless
-// the Retainer keeps it. It returns when nothing of the client is left on the upstream but channels that the caller
-// still holds.
-func (l *Lease) Release() {
-	l.once.Do(func() {
-		l.mu.Lock()
-		l.released = true
-		var listeners []*Listener
-		for ln := range l.listeners {
-			listeners = append(listeners, ln)
-		}
-		l.mu.Unlock()
-		for _, ln := range listeners {
-			ln.Close()
-		}
-
-		u := l.up
-		u.pool.mu.Lock()
-		delete(u.leases, l)
-		last := len(u.leases) == 0
-		if last {
-			u.idle++
-		}
-		idle := u.idle
-		if last && !u.pool.closed {
-			u.pool.wg.Go(func() { u.release(idle) })
-		}
-		u.pool.mu.Unlock()
-	})
-}
-
-// Session opens a session channel (RFC 4254 section 6.1). permit is of the kind that starts on it, or attach. The
-// requests must be drained until their channel closes; the caller closes the channel.
-func (l *Lease) Session(ctx context.Context, permit *use.Permit) (ssh.Channel, <-chan *ssh.Request, error) {
-	if !permit.Valid(use.Attach, use.Shell, use.Exec, use.Subsystem) {
-		return nil, nil, errors.New("no permit for a session")
-	}
-	return l.open(ctx, "session", nil)
-}
-
-// Open opens any other kind of channel (RFC 4254 section 5.1); a refusal is an *ssh.OpenChannelError. The requests
-// must be drained until their channel closes; the caller closes the channel.
-func (l *Lease) Open(ctx context.Context, permit *use.Permit, kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
-	if !permit.Valid(use.LocalForward, use.Jump, use.Other) || kind == "session" {
-		return nil, nil, errors.New("no permit for a channel")
-	}
-	return l.open(ctx, kind, extra)
-}
-
-// Request sends a global request of the kind other and returns the reply (RFC 4254 section 4). It does not outlive
-// ctx.
-func (l *Lease) Request(ctx context.Context, permit *use.Permit, name string, wantReply bool, payload []byte) (bool, []byte, error) {
-	if !permit.Valid(use.Other) {
-		return false, nil, errors.New("no permit for a request")
-	}
-	return l.request(ctx, name, wantReply, payload)
-}
-
-func (l *Lease) request(ctx context.Context, name string, wantReply bool, payload []byte) (bool, []byte, error) {
-	type result struct {
-		ok   bool
-		data []byte
-		err  error
-	}
-	done := make(chan result, 1)
-	l.Go(func() {
-		ok, data, err := l.up.conn.SendRequest(name, wantReply, payload)
-		done <- result{ok, data, err}
-	})
-	select {
-	case r := <-done:
-		return r.ok, r.data, r.err
-	case <-ctx.Done():
-		return false, nil, context.Cause(ctx)
-	}
-}
-
-// Go runs f, which ends when the upstream or the client has ended, in a goroutine that the pool waits for.
-func (l *Lease) Go(f func()) { l.up.pool.wg.Go(f) }
-
-// Discard refuses what still comes on a channel's requests, until that closes.
-func (l *Lease) Discard(reqs <-chan *ssh.Request) { l.Go(func() { discard(reqs) }) }
-
-// Adopt makes a channel that the server opened count as one of the upstream's. The requests that it returns must be
-// drained.
-func (l *Lease) Adopt(ch ssh.Channel, reqs <-chan *ssh.Request) (ssh.Channel, <-chan *ssh.Request) {
-	return l.queue(ch, reqs)
-}
-
-// open does not outlive ctx, but an open that is under way does: it is closed as soon as it has been confirmed.
-func (l *Lease) open(ctx context.Context, kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
-	type result struct {
-		ch   ssh.Channel
-		reqs <-chan *ssh.Request
-		err  error
-	}
-	u := l.up
-	done := make(chan result)
-	// Not one that the pool waits for: x/crypto forgets an open that it sends in the moment when the connection ends.
-	go func() {
-		ch, reqs, err := u.conn.OpenChannel(kind, extra)
-		if err == nil {
-			ch, reqs = l.queue(ch, reqs)
-		}
-		select {
-		case done <- result{ch, reqs, err}:
-			return
-		case <-ctx.Done():
-		case <-u.dead:
-		}
-		if err == nil {
-			ch.Close()
-			discard(reqs)
-		}
-	}()
-	select {
-	case r := <-done:
-		return r.ch, r.reqs, r.err
-	case <-ctx.Done():
-		return nil, nil, context.Cause(ctx)
-	case <-u.dead:
-		return nil, nil, l.Reason()
-	}
-}
-
-// queue keeps the channel in the upstream's count until the server has closed it too, and its requests from blocking
-// the connection.
-func (l *Lease) queue(ch ssh.Channel, in <-chan *ssh.Request) (ssh.Channel, <-chan *ssh.Request) {
-	u := l.up
-	u.channels.Add(1)
-	out := make(chan *ssh.Request)
-	c := &channel{Channel: ch, conn: u.conn}
-	mine := func(r *ssh.Request) bool {
-		if r.Type != "keepalive@openssh.com" {
-			return false
-		}
-		select {
-		case u.keepalives <- r:
-		default:
-		}
-		return true
-	}
-	overflow := func() {
-		ch.Close()
-		if l.Overflow != nil {
-			l.Overflow()
-		}
-	}
-	u.pool.wg.Go(func() {
-		defer u.channels.Add(-1)
-		queue(in, out, mine, func() { c.closed.Store(time.Now().UnixNano()) }, overflow)
-	})
-	return c, out
-}
-
-// channel is a channel of an upstream that knows how it ended.
-type channel struct {
-	ssh.Channel
-	conn   Conn
-	closed atomic.Int64 // when the server's CLOSE came, or the connection ended, in Unix nanoseconds
-}
-
-// overGrace is how long after it has ended all channels x/crypto may take to close its connection, for an end that did not
-// come from the transport (a DISCONNECT, a protocol error).
-const overGrace = 10 * time.Millisecond
-
-// closedInOrder tells whether the server has closed the channel itself. It may take overGrace.
-func (c *channel) closedInOrder() bool {
-	closed := c.closed.Load()
-	if closed == 0 {
-		return false
-	}
-	end := time.Unix(0, closed).Add(overGrace)
-	time.Sleep(time.Until(end))
-	over := c.conn.Over()
-	return over.IsZero() || over.After(end)
-}
-
-// ClosedInOrder tells whether the server has closed a channel of Session, Open or Adopt itself, so that all that it had
-// to send was sent, rather than the connection's end. It may take 10 ms.
-func ClosedInOrder(ch ssh.Channel) bool {
-	c, ok := ch.(*channel)
-	return ok && c.closedInOrder()
-}
-
-// discard refuses requests until their channel closes.
-func discard(reqs <-chan *ssh.Request) {
-	for r := range reqs {
-		_ = r.Reply(false, nil)
-	}
 }

@@ -214,7 +214,11 @@ func (r *Relay) startForward(q *ssh.Request) {
 		return
 	}
 	f := &forward{permit: permit, since: time.Now()}
-	f.Listener, err = r.lease.Listen(r.ctx, permit, a, func(nc ssh.NewChannel) { r.forwarded(permit.Use(), nc) })
+	f.Listener, err = r.lease.Listen(r.ctx, permit, a, func(nc *pool.NewChannel) {
+		if !r.forwarded(permit.Use(), nc) {
+			_ = nc.Reject(ssh.ConnectionFailed, "the client is gone")
+		}
+	})
 	if err != nil {
 		_ = q.Reply(false, nil)
 		permit.End(use.Result{Status: "refused", Err: err.Error()})
@@ -276,14 +280,16 @@ func (r *Relay) endForwards() {
 	}
 }
 
-// forwarded carries one connection to a remote forward to its client (RFC 4254 section 7.2). It returns when the
-// client has answered; the connection itself is served on.
-func (r *Relay) forwarded(u use.Use, nc ssh.NewChannel) {
+// forwarded carries one channel that the server opens to its client (RFC 4254 sections 6.3.2 and 7.2). It returns when
+// the client has answered; the channel itself is served on. false: the client is gone, and nc is still to be answered.
+func (r *Relay) forwarded(u use.Use, nc *pool.NewChannel) bool {
 	client, clientReqs, err := r.openAtClient(nc.ChannelType(), nc.ExtraData())
+	if refused := (*ssh.OpenChannelError)(nil); errors.As(err, &refused) {
+		_ = nc.Reject(refused.Reason, refused.Message)
+		return true
+	}
 	if err != nil {
-		reason, text := refusal(err)
-		_ = nc.Reject(reason, text)
-		return
+		return false
 	}
 	server, serverReqs, err := nc.Accept()
 	if err != nil {
@@ -291,13 +297,13 @@ func (r *Relay) forwarded(u use.Use, nc ssh.NewChannel) {
 		for q := range r.queue(clientReqs) {
 			_ = q.Reply(false, nil)
 		}
-		return
+		return true
 	}
-	server, serverReqs = r.lease.Adopt(server, serverReqs)
 	k := r.newLink(u, nil, client, r.queue(clientReqs), server, serverReqs)
 	if !r.spawn(k.run) {
 		r.abandon(server, serverReqs)
 	}
+	return true
 }
 
 // openAtClient opens a channel at the client, unless that ends first. x/crypto forgets an open that it sends in the

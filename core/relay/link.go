@@ -26,13 +26,14 @@ type link struct {
 	use        use.Use
 	client     ssh.Channel
 	clientReqs <-chan *ssh.Request
-	server     ssh.Channel
+	server     *pool.Channel
 	serverReqs <-chan *ssh.Request
 	since      time.Time
 
 	in, out atomic.Int64
 
-	turn turn // nil: not a session
+	turn     turn // nil: not a session
+	terminal bool // a session with a pty
 
 	clientClosed chan struct{} // the client has closed its side, or is gone
 	serverClosed chan struct{} // the upstream has closed its side, or is gone, and its requests have been passed on
@@ -45,7 +46,7 @@ type link struct {
 
 // newLink makes a link and lists it; run takes it out again. turn is nil for a channel without stderr.
 func (r *Relay) newLink(u use.Use, turn turn, client ssh.Channel, clientReqs <-chan *ssh.Request,
-	server ssh.Channel, serverReqs <-chan *ssh.Request) *link {
+	server *pool.Channel, serverReqs <-chan *ssh.Request) *link {
 	k := &link{
 		relay: r, use: u, client: client, clientReqs: clientReqs, server: server, serverReqs: serverReqs,
 		since: time.Now(), turn: turn, clientClosed: make(chan struct{}), serverClosed: make(chan struct{}),
@@ -68,6 +69,9 @@ func (k *link) run() {
 		delete(k.relay.links, k)
 		k.relay.mu.Unlock()
 		close(k.over)
+		if k.classed() {
+			k.relay.lease.NoteMoved(k.use, max(k.in.Load(), k.out.Load()))
+		}
 	}()
 	upDone := make(chan struct{})
 	downDone := make(chan struct{})
@@ -156,7 +160,7 @@ func (k *link) copyDown() {
 		case <-k.clientClosed:
 			return
 		}
-		if k.relay.lease.Down() {
+		if k.server.Down() {
 			return
 		}
 	}
@@ -166,7 +170,7 @@ func (k *link) copyDown() {
 // serverLives tells the server's own EOF or CLOSE from the end of the connection in mid-session. A server that serves one
 // session only closes the connection right after the channel: what it sent before counts.
 func (k *link) serverLives() bool {
-	if !k.relay.lease.Down() {
+	if !k.server.Down() {
 		select {
 		case <-k.ended:
 			return true
@@ -177,14 +181,14 @@ func (k *link) serverLives() bool {
 		select {
 		case <-k.ended:
 			return true
-		case <-k.relay.lease.Lost():
+		case <-k.server.Lost():
 		case <-t.C:
-			if !k.relay.lease.Down() {
+			if !k.server.Down() {
 				return true
 			}
 		}
 	}
-	return pool.ClosedInOrder(k.server)
+	return k.server.ClosedInOrder()
 }
 
 // copy moves data until src ends; nil means that it ended by EOF.
@@ -197,11 +201,11 @@ func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) 
 			if _, err := dst.Write(buf[:n]); err != nil {
 				return err
 			}
-			count.Add(int64(n))
+			k.moved(count.Add(int64(n)), int64(n))
 			if up {
-				k.relay.lease.Count(int64(n), 0)
+				k.server.Count(int64(n), 0)
 			} else {
-				k.relay.lease.Count(0, int64(n))
+				k.server.Count(0, int64(n))
 			}
 		}
 		switch {
@@ -213,6 +217,16 @@ func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) 
 		}
 	}
 }
+
+// moved notes that a session without a terminal has moved much, once.
+func (k *link) moved(total, n int64) {
+	if total >= pool.BulkBytes && total-n < pool.BulkBytes && k.classed() {
+		k.relay.lease.NoteMoved(k.use, total)
+	}
+}
+
+// classed tells whether what the session moves says something about those that run the same.
+func (k *link) classed() bool { return k.isSession() && !k.terminal }
 
 // turn is held by whoever writes to a client's stderr, or ends its streams: x/crypto allows one at a time. nil: there
 // is no stderr.
@@ -321,7 +335,7 @@ func (k *link) result() use.Result {
 	if st := k.status.Load(); st != nil {
 		res = *st
 	}
-	if k.relay.lease.Down() && res.ExitCode == nil && res.Signal == "" {
+	if k.server.Down() && res.ExitCode == nil && res.Signal == "" {
 		res.Status = "cut"
 	}
 	res.In, res.Out = k.in.Load(), k.out.Load()

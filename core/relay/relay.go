@@ -24,6 +24,8 @@ type Client interface {
 	Target() use.Target
 	// OpenSSH tells whether the client is OpenSSH's, which sends a session's whole set-up without waiting.
 	OpenSSH() bool
+	// Agent is the identity of the agent that the client would forward; it need not have one.
+	Agent() string
 	Channels() <-chan ssh.NewChannel
 	Requests() <-chan *ssh.Request
 	OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error)
@@ -87,11 +89,11 @@ func New(c Client, l *pool.Lease, gate use.Gate, attach *use.Permit, log zerolog
 	return r
 }
 
-// Run relays until the client's transport has ended, and cuts it when the upstream ends. When it returns nothing
+// Run relays until the client's transport has ended, and cuts it when an upstream ends that it uses. When it returns nothing
 // works for the client any more.
 func (r *Relay) Run() {
 	r.wg.Go(r.serveGlobals)
-	r.wg.Go(r.watchUpstream)
+	r.lease.Watch(func(loss pool.Loss) { r.spawn(func() { r.lost(loss) }) })
 	r.dispatch()
 	r.cancel()
 	r.mu.Lock()
@@ -283,7 +285,7 @@ func refusal(err error) (ssh.RejectionReason, string) {
 }
 
 // abandon closes an upstream channel that found no client.
-func (r *Relay) abandon(server ssh.Channel, reqs <-chan *ssh.Request) {
+func (r *Relay) abandon(server *pool.Channel, reqs <-chan *ssh.Request) {
 	server.Close()
 	r.lease.Discard(reqs)
 }
@@ -308,18 +310,16 @@ func (r *Relay) use(kind use.Kind) use.Use {
 	return use.Use{Kind: kind, Client: r.client.ID(), Caller: r.client.Caller(), Target: r.client.Target()}
 }
 
-// watchUpstream cuts the client when the upstream ends. Cutting, and never an EOF: a truncated copy must not look
-// complete.
-func (r *Relay) watchUpstream() {
-	select {
-	case <-r.ctx.Done():
-		return
-	case <-r.lease.Lost():
-	}
+// lost cuts the client if it used the upstream that has ended. Cutting, and never an EOF: a truncated copy must not
+// look complete.
+func (r *Relay) lost(loss pool.Loss) {
 	// Channels that the server had closed before still get to their end.
 	inOrder := true
 	for _, k := range r.snapshot() {
-		if !pool.ClosedInOrder(k.server) {
+		switch {
+		case k.server.Upstream() != loss.Upstream:
+			continue
+		case !k.server.ClosedInOrder():
 			inOrder = false
 			continue
 		}
@@ -329,6 +329,9 @@ func (r *Relay) watchUpstream() {
 		case <-r.ctx.Done():
 			return
 		}
+	}
+	if inOrder && loss.Elsewhere && !r.listens(loss.Upstream) {
+		return
 	}
 	if inOrder && r.hadSession.Load() {
 		// An ssh whose session is over leaves by itself. Cut before, it fails at its next write, and forgets what it has
@@ -342,7 +345,19 @@ func (r *Relay) watchUpstream() {
 			return
 		}
 	}
-	r.Cut(r.lease.Reason())
+	r.Cut(loss.Reason)
+}
+
+// listens tells whether the client has remote forwards on an upstream.
+func (r *Relay) listens(upstream uint64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, f := range r.listeners {
+		if f.Upstream() == upstream {
+			return true
+		}
+	}
+	return false
 }
 
 // Cut ends the client, after its sessions have been told why, if they read.
@@ -372,21 +387,24 @@ func (r *Relay) snapshot() []*link {
 
 // Channel is one open channel or remote forward, for status.
 type Channel struct {
-	Use     use.Use
-	Since   time.Time
-	In, Out int64
+	Use      use.Use
+	Upstream uint64 // number of its upstream
+	Since    time.Time
+	In, Out  int64
 }
 
 // Channels lists what is open.
 func (r *Relay) Channels() []Channel {
 	var list []Channel
 	for _, k := range r.snapshot() {
-		list = append(list, Channel{Use: k.use, Since: k.since, In: k.in.Load(), Out: k.out.Load()})
+		list = append(list, Channel{
+			Use: k.use, Upstream: k.server.Upstream(), Since: k.since, In: k.in.Load(), Out: k.out.Load(),
+		})
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, f := range r.listeners {
-		list = append(list, Channel{Use: f.permit.Use(), Since: f.since})
+		list = append(list, Channel{Use: f.permit.Use(), Upstream: f.Upstream(), Since: f.since})
 	}
 	return list
 }

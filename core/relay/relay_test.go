@@ -810,38 +810,6 @@ func TestStderrIsWaitedFor(t *testing.T) {
 	take(t, "stdout", stdout)
 }
 
-// sshd gives one client's agent to every session of the connection, and its X11 channels don't say whose they are.
-func TestAgentAndX11AreNotRelayed(t *testing.T) {
-	for _, name := range []string{"auth-agent-req@openssh.com", "auth-agent-req", "agent-req", "x11-req"} {
-		t.Run(name, func(t *testing.T) {
-			w := newWorld(t)
-			c := w.connect(false)
-			near := take(t, "session", c.open("session", nil))
-			stderr := make([]byte, 256)
-			asked := request(near.ch, name, nil)
-			far := w.accept("session")
-			if a := take(t, "reply", asked); a.ok {
-				t.Error("granted")
-			}
-			n, err := near.ch.Stderr().Read(stderr)
-			if line := string(stderr[:n]); err != nil || !strings.Contains(line, "MUXPROXY_BYPASS") {
-				t.Errorf("the person reads %q, %v", line, err)
-			}
-			started := request(near.ch, "exec", execMsg{"true"})
-			q := take(t, "exec", far.reqs)
-			if q.Type != "exec" {
-				t.Errorf("the server got %s", q.Type)
-			}
-			q.Reply(true, nil)
-			take(t, "reply", started)
-			if a := take(t, "a later request", request(near.ch, name, nil)); a.ok {
-				t.Error("granted after the start")
-			}
-			nothing(t, "the request at the server", far.reqs)
-		})
-	}
-}
-
 func TestHostKeyProofsAreNotRelayed(t *testing.T) {
 	w := newWorld(t)
 	c := w.connect(true)

@@ -1,6 +1,9 @@
 package relay
 
 import (
+	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -49,7 +52,8 @@ func (r *Relay) session(nc ssh.NewChannel, earlier <-chan struct{}) {
 	r.sessions[s] = struct{}{}
 	r.mu.Unlock()
 	s.serve()
-	if !r.lease.Down() || s.link.Load() != nil && pool.ClosedInOrder(s.server) {
+	s.endPermits()
+	if s.server == nil || !s.server.Down() || s.link.Load() != nil && s.server.ClosedInOrder() {
 		client.Close()
 	} // else the client is about to be cut, and must not take that for a session's end
 	for q := range s.reqs {
@@ -70,8 +74,10 @@ type session struct {
 	turn    turn
 
 	held       []*ssh.Request
-	server     ssh.Channel // nil until taken
+	server     *pool.Channel // nil until taken
 	serverReqs <-chan *ssh.Request
+	agent      *use.Permit   // of the kind agent: the session has a lane for it
+	permits    []*use.Permit // end with the session
 	pty        atomic.Bool
 
 	link atomic.Pointer[link] // nil until started
@@ -98,7 +104,7 @@ func (s *session) serve() {
 			s.start(kind, q)
 			return
 		}
-		if s.server == nil && !s.take(r.attach, q) {
+		if s.server == nil && !s.take(r.attach, pool.Interactive, q) {
 			return
 		}
 		s.setUp(q)
@@ -129,7 +135,7 @@ func (s *session) start(kind use.Kind, q *ssh.Request) {
 		s.fail(q, denied.Error())
 		return
 	}
-	if s.server == nil && !s.take(permit, q) {
+	if s.server == nil && !s.take(permit, r.lease.Classify(u, s.pty.Load()), q) {
 		permit.End(use.Result{Status: "refused"})
 		return
 	}
@@ -137,22 +143,34 @@ func (s *session) start(kind use.Kind, q *ssh.Request) {
 	_ = q.Reply(ok && err == nil, nil)
 	r.hadSession.Store(true)
 	k := r.newLink(u, s.turn, s.client, s.reqs, s.server, s.serverReqs)
+	k.terminal = s.pty.Load()
 	s.link.Store(k)
 	k.run()
 	permit.End(k.result())
 }
 
 // take takes an upstream channel under permit and replays what has been held. On failure the session is over.
-func (s *session) take(permit *use.Permit, q *ssh.Request) bool {
+func (s *session) take(permit *use.Permit, class pool.Class, q *ssh.Request) bool {
 	r := s.relay
-	server, reqs, err := r.lease.Session(r.ctx, permit)
+	lane := pool.Lane{Class: class}
+	if isAgentRequest(q.Type) || slices.ContainsFunc(s.held, func(h *ssh.Request) bool { return isAgentRequest(h.Type) }) {
+		lane.Agent = s.agentLane()
+	}
+	waiting := func() { s.say("waiting for a free session of the connection to " + r.client.Target().Addr()) }
+	server, reqs, err := r.lease.Session(r.ctx, permit, lane, waiting)
+	if err != nil && lane.Agent != "" && r.ctx.Err() == nil {
+		s.say("the agent is not forwarded: " + err.Error())
+		s.agent = nil
+		server, reqs, err = r.lease.Session(r.ctx, permit, pool.Lane{Class: class}, waiting)
+	}
 	if err != nil {
-		if r.lease.Down() || r.ctx.Err() != nil {
-			return false // watchUpstream cuts the client, or it is gone
+		if r.ctx.Err() == nil {
+			line := err.Error()
+			if refused := (*ssh.OpenChannelError)(nil); errors.As(err, &refused) {
+				line = r.client.Target().Addr() + ": the server refused a session: " + refused.Message
+			}
+			s.fail(q, line)
 		}
-		_, text := refusal(err)
-		s.fail(q, r.client.Target().Addr()+": the server refused another session: "+text+
-			" (MaxSessions in its sshd_config?); close one, or set MUXPROXY_BYPASS=1")
 		return false
 	}
 	s.server, s.serverReqs = server, reqs
@@ -163,19 +181,82 @@ func (s *session) take(permit *use.Permit, q *ssh.Request) bool {
 	return true
 }
 
-// setUp passes on one request before the start, with its reply.
+// agentLane asks the gate for agent forwarding and returns the identity of the agent, "" without leave.
+func (s *session) agentLane() string {
+	permit, denied := s.relay.gate.Decide(s.relay.ctx, s.relay.use(use.Agent), s.say)
+	if denied != nil {
+		s.say(denied.Error())
+		return ""
+	}
+	s.agent = permit
+	s.permits = append(s.permits, permit)
+	if id := s.relay.client.Agent(); id != "" {
+		return id
+	}
+	return fmt.Sprintf("client %d", s.relay.client.ID()) // its own affair
+}
+
+func (s *session) endPermits() {
+	for _, p := range s.permits {
+		p.End(use.Result{Status: "closed"})
+	}
+}
+
+// setUp passes on one request before the start, with its reply. What the server has granted once on this connection it
+// is taken to grant again, so that the set-up costs no round trip.
 func (s *session) setUp(q *ssh.Request) {
 	switch {
 	case isAgentRequest(q.Type):
-		// sshd honours the first of a connection and gives the socket to every later session, asked or not.
-		s.say("agent forwarding (-A) is not shared yet; set MUXPROXY_BYPASS=1 to use it")
-		_ = q.Reply(false, nil)
+		ok := s.agent != nil && s.server.Agent(s.relay.ctx, s.agent, q.Type, func(nc *pool.NewChannel) bool {
+			return s.relay.forwarded(s.agent.Use(), nc)
+		})
+		_ = q.Reply(ok, nil)
 	case q.Type == "x11-req":
-		s.say("X11 forwarding (-X) is not shared yet; set MUXPROXY_BYPASS=1 to use it")
-		_ = q.Reply(false, nil)
+		s.x11(q)
+	case q.Type == "pty-req":
+		s.ask(q)
 	default:
 		s.relay.forward(s.server, q)
 	}
+}
+
+// ask passes on a request that the server is likely to grant.
+func (s *session) ask(q *ssh.Request) {
+	if s.server.Granted(q.Type) {
+		_, err := s.server.SendRequest(q.Type, false, q.Payload)
+		_ = q.Reply(err == nil, nil)
+		return
+	}
+	if s.relay.forward(s.server, q) && q.WantReply {
+		s.server.Grant(q.Type)
+	}
+}
+
+// x11 passes on the request for X11 forwarding (RFC 4254 section 6.3.1), whose cookie tells the connections apart.
+func (s *session) x11(q *ssh.Request) {
+	var m struct {
+		Single   bool
+		Protocol string
+		Cookie   string
+		Screen   uint32
+	}
+	if err := ssh.Unmarshal(q.Payload, &m); err != nil {
+		_ = q.Reply(false, nil)
+		return
+	}
+	permit, denied := s.relay.gate.Decide(s.relay.ctx, s.relay.use(use.X11), s.say)
+	if denied != nil {
+		s.say(denied.Error())
+		_ = q.Reply(false, nil)
+		return
+	}
+	s.permits = append(s.permits, permit)
+	s.server.X11(m.Cookie, func(nc *pool.NewChannel) {
+		if !s.relay.forwarded(permit.Use(), nc) {
+			_ = nc.Reject(ssh.ConnectionFailed, "the client is gone")
+		}
+	})
+	s.ask(q)
 }
 
 // fail ends a session that never started: one line on its stderr, and no exit status, which ssh turns into 255. The
@@ -209,7 +290,7 @@ func (s *session) lastWord(line string) {
 	// A client that does not read keeps this until it is cut, which comes next.
 	s.relay.lease.Go(func() {
 		defer close(done)
-		if k := s.link.Load(); k != nil && s.relay.lease.Down() {
+		if k := s.link.Load(); k != nil && k.server.Down() {
 			<-k.stderrDone
 		}
 		s.say(line)

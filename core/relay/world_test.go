@@ -96,10 +96,10 @@ func (c *watchedConn) Close() error {
 func (c *upstreamConn) Channels() <-chan ssh.NewChannel { return c.channels }
 func (c *upstreamConn) Requests() <-chan *ssh.Request   { return c.requests }
 func (c *upstreamConn) Server() pool.ServerInfo {
-	return pool.ServerInfo{Version: "SSH-2.0-test", OpenSSH: true}
+	return pool.ServerInfo{Version: "SSH-2.0-test"}
 }
-func (c *upstreamConn) Probe(context.Context) error { return nil }
-func (c *upstreamConn) Down() bool                  { return c.net.down.Load() }
+func (c *upstreamConn) Probe(context.Context, func()) error { return nil }
+func (c *upstreamConn) Down() bool                          { return c.net.down.Load() }
 func (c *upstreamConn) Over() time.Time {
 	if ns := c.net.over.Load(); ns != 0 {
 		return time.Unix(0, ns)
@@ -187,6 +187,7 @@ func (f front) ID() uint64         { return f.id }
 func (f front) Caller() use.Caller { return use.Caller{UID: os.Getuid()} }
 func (f front) Target() use.Target { return target }
 func (f front) OpenSSH() bool      { return f.openSSH }
+func (f front) Agent() string      { return "agent" }
 func (f front) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
 	return f.ServerConn.OpenChannel(kind, extra)
 }

@@ -42,8 +42,9 @@ type Request struct {
 // Run asks `ssh -G` what ssh_config means for a destination, in this process's environment and working directory, as if
 // muxproxy's own lines were not there: ssh reads private copies of those files that have such lines.
 //
-// User, Host and Port of the request win over the answer. They are passed to ssh only if Args has no destination: with
-// one, the answer is the same without them, and Match user sees what the asking ssh saw.
+// User, Host and Port of the request win over the answer, unless CanonicalizeHostname yes has made another name of the
+// host: ssh leaves that to the proxy where it has one (resolve_canonicalize of ssh.c). They are passed to ssh only if
+// Args has no destination: with one, the answer is the same without them, and Match user sees what the asking ssh saw.
 //
 // An error is a line for a person; it is the last thing ssh said, if ssh failed.
 func Run(ctx context.Context, req Request) (*Resolved, error) {
@@ -100,14 +101,16 @@ func resolve(ctx context.Context, req Request, names Names, system string) (*Res
 		r.Set = append(r.Set, k)
 	}
 	slices.Sort(r.Set)
-	if req.User != "" {
-		options["user"] = []string{req.User}
-	}
-	if req.Host != "" {
-		options["hostname"] = []string{req.Host}
-	}
-	if req.Port != 0 {
-		options["port"] = []string{names.Port}
+	if !canonicalized(r, req.Host) {
+		if req.User != "" {
+			options["user"] = []string{req.User}
+		}
+		if req.Host != "" {
+			options["hostname"] = []string{req.Host}
+		}
+		if req.Port != 0 {
+			options["port"] = []string{names.Port}
+		}
 	}
 	relative, err := r.expand(names)
 	if err != nil {
@@ -115,6 +118,17 @@ func resolve(ctx context.Context, req Request, names Names, system string) (*Res
 	}
 	r.Volatile = c.volatile || relative
 	return r, nil
+}
+
+// canonicalized reports whether the answer is about another name than the asking ssh gave, because that one did not
+// look for the canonical name: with a ProxyCommand it does so only for CanonicalizeHostname always. Lines for the
+// canonical name count in the answer and may set User and Port too.
+func canonicalized(r *Resolved, host string) bool {
+	switch r.Get("canonicalizehostname") {
+	case "yes", "true":
+		return host != "" && !strings.EqualFold(strings.Trim(host, "[]"), strings.Trim(r.Get("hostname"), "[]"))
+	}
+	return false
 }
 
 // argv is the command line of ssh -G, and walks the configuration for it.

@@ -21,6 +21,7 @@ var errBatch = errors.New("BatchMode=yes forbids asking")
 
 // ask puts a question to the person. The caller keeps the guard's clock from running meanwhile.
 func (d *dialing) ask(ctx context.Context, q pool.Question) ([]string, error) {
+	d.personal = true
 	answers, err := []string(nil), pool.ErrNobody
 	if d.asker != nil {
 		answers, err = d.asker.Ask(ctx, q)

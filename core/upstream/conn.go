@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/rs/zerolog"
 	"golang.org/x/crypto/ssh"
 
 	"github.com/muxproxy/muxproxy/core/pool"
@@ -250,16 +251,22 @@ type conn struct {
 	update   *updater      // nil: the server's other host keys don't matter
 	updated  chan struct{} // closed when update has done what it can
 
-	ping  chan struct{} // asks for a keepalive; one slot, since one outstanding request is enough
+	globals globals
+
+	ping  chan struct{} // asks for a sign of life; one slot
 	ended chan struct{} // the connection is over
 	done  chan struct{} // and its goroutines are
 	err   error         // of x/crypto/ssh; set before done closes
+
+	qos qos
+	log zerolog.Logger
 
 	good keptGood
 }
 
 var (
 	_ pool.Conn          = (*conn)(nil)
+	_ pool.Marker        = (*conn)(nil)
 	_ pool.HostKeyKeeper = (*conn)(nil)
 )
 
@@ -412,9 +419,13 @@ func (c *conn) Cause() error {
 	return nil
 }
 
-// Probe asks the peer for a sign of life. Any byte that comes after the start of Probe is one.
-func (c *conn) Probe(ctx context.Context) error {
+// Probe waits for a sign of life of the peer, which ask provokes. Any byte that comes after the start of Probe is one.
+func (c *conn) Probe(ctx context.Context, ask func()) error {
 	before := c.t.in.Load()
+	if ask == nil {
+		ask = c.poke
+	}
+	asked := false
 	for {
 		heard := c.t.next()
 		switch {
@@ -426,7 +437,10 @@ func (c *conn) Probe(ctx context.Context) error {
 		case c.t.in.Load() != before:
 			return nil
 		}
-		c.poke()
+		if !asked {
+			asked = true
+			ask()
+		}
 		select {
 		case <-heard:
 		case <-ctx.Done():
@@ -435,7 +449,7 @@ func (c *conn) Probe(ctx context.Context) error {
 	}
 }
 
-// poke asks for a keepalive if none is under way.
+// poke asks for a sign of life.
 func (c *conn) poke() {
 	select {
 	case c.ping <- struct{}{}:
@@ -443,22 +457,8 @@ func (c *conn) poke() {
 	}
 }
 
-// pinger sends keepalives, one at a time. Global requests carry no ids (RFC 4254 section 4), so a reply can wait behind one
-// that the peer is slow to answer; its bytes are life all the same.
-func (c *conn) pinger() {
-	for {
-		select {
-		case <-c.ping:
-		case <-c.ended:
-			return
-		}
-		if _, _, err := c.Conn.SendRequest("keepalive@openssh.com", true, nil); err != nil {
-			return // the connection has ended
-		}
-	}
-}
-
-// keepAlive ends the connection when count keepalives, one per interval of silence, brought nothing back.
+// keepAlive ends the connection when count keepalives, or what stands for them, one per interval of silence, brought nothing
+// back.
 func (c *conn) keepAlive(interval time.Duration, count int) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()

@@ -49,12 +49,17 @@ func TestDialKeyTypes(t *testing.T) {
 			if c.Down() || c.Cause() != nil || time.Since(c.LastHeard()) > time.Minute {
 				t.Errorf("down %v, cause %v, heard %v", c.Down(), c.Cause(), c.LastHeard())
 			}
-			check(t, c.Probe(t.Context()))
+			check(t, c.Probe(t.Context(), nil))
+			// What stands for a keepalive that has to wait.
+			var refused *ssh.OpenChannelError
+			if _, _, err := c.OpenChannel(keepalive, nil); !errors.As(err, &refused) {
+				t.Errorf("a channel of no type: %v", err)
+			}
 			check(t, c.Close())
 			if err := c.Wait(); err != nil || c.Cause() != nil || !c.Down() {
 				t.Errorf("after Close: wait %v, cause %v, down %v", err, c.Cause(), c.Down())
 			}
-			if err := c.Probe(t.Context()); err == nil {
+			if err := c.Probe(t.Context(), nil); err == nil {
 				t.Error("a closed connection shows life")
 			}
 			if err := c.(pool.HostKeyKeeper).HostKeyStillGood(sp); err != nil {

@@ -270,7 +270,7 @@ func TestAnyByteIsLife(t *testing.T) {
 		t.Error("a live connection was ended:", c.Cause())
 	case <-over.C:
 	}
-	check(t, c.Probe(t.Context())) // its request waits, but bytes come
+	check(t, c.Probe(t.Context(), nil)) // its request waits, but bytes come
 	close(stop)
 	slow.Reply(true, nil)
 	check(t, <-replied)
@@ -286,7 +286,7 @@ func TestProbe(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			if err := c.Probe(t.Context()); err != nil {
+			if err := c.Probe(t.Context(), nil); err != nil {
 				t.Error(err)
 			}
 		})
@@ -298,10 +298,10 @@ func TestProbe(t *testing.T) {
 	s.raw.pause()
 	ctx, cancel := contextFor(t, 300*time.Millisecond)
 	defer cancel()
-	err := c.Probe(ctx)
+	err := c.Probe(ctx, nil)
 	for range 2 { // one keepalive may have been under way, and one asked for: their answers are life, too
 		if err == nil {
-			err = c.Probe(ctx)
+			err = c.Probe(ctx, nil)
 		}
 	}
 	if err == nil || !strings.Contains(err.Error(), "no sign of life") {
@@ -312,7 +312,7 @@ func TestProbe(t *testing.T) {
 	}
 	// A probe under way ends with the connection.
 	probed := make(chan error, 1)
-	go func() { probed <- c.Probe(t.Context()) }()
+	go func() { probed <- c.Probe(t.Context(), nil) }()
 	s.raw.Close()
 	if err := <-probed; err == nil {
 		t.Error("a probe outlived the connection")

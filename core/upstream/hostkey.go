@@ -252,11 +252,26 @@ func (h *hostKeys) judge(key ssh.PublicKey, remote string) judgement {
 
 // refuseUnknown is the line for a key that is unknown; why says why the person was not asked.
 func (h *hostKeys) refuseUnknown(plain ssh.PublicKey, why string) error {
+	if h.wantsDNS() {
+		why += ", and " + noDNS
+	}
 	if h.d.option("knownhostscommand") != "" {
 		return fmt.Errorf("host key is unknown (%s), and KnownHostsCommand can't be asked; connect without sharing: %s",
 			fingerprint(plain), h.d.bypass)
 	}
 	return fmt.Errorf("host key is unknown (%s)%s; check it, then add it with: %s", fingerprint(plain), why, h.d.bypass)
+}
+
+// noDNS is told where ssh would have gone by what the DNS says of a key that is unknown.
+const noDNS = "VerifyHostKeyDNS is not supported: no SSHFP record was looked up"
+
+// wantsDNS reports whether ssh would have asked the DNS for a fingerprint (RFC 4255).
+func (h *hostKeys) wantsDNS() bool {
+	switch strings.ToLower(h.d.option("verifyhostkeydns")) {
+	case "yes", "true", "ask":
+		return true
+	}
+	return false
 }
 
 // trust is how a host key came to be accepted.
@@ -270,9 +285,6 @@ func (h *hostKeys) accept(ctx context.Context, key ssh.PublicKey, remote string)
 	d := h.d
 	plain := plainKey(key)
 	d.debugf("Server host key: %s %s", key.Type(), ssh.FingerprintSHA256(plain))
-	if v := strings.ToLower(d.option("verifyhostkeydns")); v == "yes" || v == "true" || v == "ask" {
-		d.debugf("VerifyHostKeyDNS is not supported; known_hosts decides")
-	}
 	j := h.judge(key, remote)
 	switch {
 	case j.err != nil:
@@ -284,6 +296,9 @@ func (h *hostKeys) accept(ctx context.Context, key ssh.PublicKey, remote string)
 		}
 		d.debugf("Host '%s' is known and matches the %s %s.", h.name, keyName(key), what)
 		d.debugf("Found %s in %s:%d", found, j.known.file, j.known.line)
+		if h.wantsDNS() {
+			d.debugf(noDNS)
+		}
 		return trust{stored: true, update: !j.cert && !j.port && slices.Contains(h.user, j.known.file)}, nil
 	case j.exempt:
 		d.debugf("Forcing accepting of host key for loopback/localhost.")
@@ -307,6 +322,8 @@ func (h *hostKeys) accept(ctx context.Context, key ssh.PublicKey, remote string)
 			return trust{}, fmt.Errorf("host key %s was not accepted", fingerprint(plain))
 		}
 		asked = true
+	case h.wantsDNS():
+		d.sayf(noDNS)
 	}
 	stored := h.learn(plain)
 	return trust{stored: stored, update: asked && stored}, nil
@@ -321,7 +338,11 @@ func (h *hostKeys) ask(ctx context.Context, plain ssh.PublicKey, remote string) 
 	}
 	b.WriteString("' can't be established.")
 	sum := ssh.FingerprintSHA256(plain)
-	fmt.Fprintf(&b, "\n%s key fingerprint is %s.\n%s", keyName(plain), sum, h.otherNames(plain))
+	fmt.Fprintf(&b, "\n%s key fingerprint is %s.\n", keyName(plain), sum)
+	if h.wantsDNS() {
+		b.WriteString(noDNS + ".\n") // where ssh says whether it has found one
+	}
+	b.WriteString(h.otherNames(plain))
 	text, prompt := b.String(), "Are you sure you want to continue connecting (yes/no/[fingerprint])? "
 	for range maxAnswers {
 		answer, err := h.d.askLine(ctx, text, prompt, true)

@@ -57,10 +57,17 @@ func (l *login) agentKeys() []*identity {
 			l.log.Debug().Str("type", use.Printable(s.PublicKey().Type())).Msg("agent's key skipped")
 			continue
 		}
+		if l.spec.Silent && touched(pub) {
+			l.debugf("Skipping %s key %s: it wants a touch.", pub.Type(), ssh.FingerprintSHA256(pub))
+			continue
+		}
 		out = append(out, &identity{login: l, label: "agent key " + ssh.FingerprintSHA256(pub), pub: pub, signer: signer, agent: true})
 	}
 	return out
 }
+
+// touched tells whether a key is on a security key, which wants a touch for each signature (PROTOCOL.u2f).
+func touched(key ssh.PublicKey) bool { return strings.HasPrefix(plainKey(key).Type(), "sk-") }
 
 // files loads CertificateFile, and IdentityFile in its order. A certificate beside a key counts only if no CertificateFile is
 // given (load_public_identity_files of OpenSSH's ssh.c); it comes after its key.

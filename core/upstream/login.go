@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
@@ -48,6 +49,9 @@ type login struct {
 	better bool     // ssh itself could do better
 	denied *Error
 }
+
+// thinkTime is less than a person takes to confirm the use of a key, and more than an agent takes to sign.
+const thinkTime = 700 * time.Millisecond
 
 // identity is a key to log in with. As an ssh.Signer it notes that it was offered and that it signed.
 type identity struct {
@@ -99,7 +103,11 @@ func (i *identity) SignWithAlgorithm(rand io.Reader, data []byte, algorithm stri
 	if err != nil {
 		return nil, err
 	}
+	began := time.Now()
 	sig, err := signer.SignWithAlgorithm(rand, data, algorithm)
+	if touched(i.pub) || time.Since(began) > thinkTime {
+		l.personal = true // a touch, or a confirmation (ssh-add -c)
+	}
 	if err != nil {
 		l.note("%s could not sign: %s", i.label, use.Printable(err.Error()))
 		return nil, err
@@ -201,9 +209,14 @@ func (l *login) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 			i.offered = i.used || i.spent
 		}
 	case l.method == "password" && l.passwordOpen && !l.guard.t.down.Load():
-		// Neither SUCCESS nor FAILURE: x/crypto/ssh takes no SSH_MSG_USERAUTH_PASSWD_CHANGEREQ (RFC 4252 section 8).
-		l.passwordDone = true
-		l.noteBypass("the server wants the password to be changed, which can't be done here")
+		// Neither SUCCESS nor FAILURE: x/crypto/ssh takes no SSH_MSG_USERAUTH_PASSWD_CHANGEREQ (RFC 4252 section 8). The
+		// password was right, so that asking for it by another method would lead nowhere.
+		l.debugf("The server has asked for a change of the password.")
+		l.denied = &Error{
+			Host: use.Printable(l.spec.Target.String()),
+			Msg:  "the server wants the password to be changed, which can't be done here; change it without sharing: " + l.dialing.bypass,
+		}
+		return nil, l.denied
 	}
 	l.passwordOpen = false
 	for _, method := range l.methods() {

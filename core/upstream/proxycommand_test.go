@@ -96,7 +96,7 @@ func TestProxyCommand(t *testing.T) {
 			if c.Server().Addr != "" {
 				t.Errorf("address %q", c.Server().Addr)
 			}
-			check(t, c.Probe(t.Context()))
+			check(t, c.Probe(t.Context(), nil))
 			pid := proxyPID(t, heard)
 			if pgid, err := syscall.Getpgid(pid); err != nil || pgid != pid {
 				t.Errorf("process group %d of %d, %v", pgid, pid, err)

@@ -37,11 +37,13 @@ func (d *dialing) connect(ctx context.Context) (net.Conn, error) {
 	for attempt := 1; ; attempt++ {
 		c, err := dialer.DialContext(ctx, network, d.spec.Target.Addr())
 		if err == nil {
-			return c, nil // TCP_NODELAY is on by default
+			limitUnsent(c) // TCP_NODELAY is on by default
+			return c, nil
 		}
 		if attempt >= d.number("connectionattempts", 1) || ctx.Err() != nil {
 			return nil, d.explainDial(ctx, err)
 		}
+		d.debugf("connect to address %s port %d: %s", d.spec.Target.Host, d.spec.Target.Port, systemText(err))
 		select { // as long as ssh waits
 		case <-time.After(time.Second):
 		case <-ctx.Done():

@@ -66,6 +66,8 @@ type dialing struct {
 	bypass string // the command that does without the master
 	asker  pool.Asker
 	guard  *guard
+	// personal: a person had a part in the login.
+	personal bool
 
 	telling sync.Mutex // held while a callback of spec runs; guards told
 	told    bool       // Dial has returned
@@ -276,6 +278,7 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 		HostKey: hostKey,
 	}
 	info.Auth, info.AgentID = login.result()
+	info.Silent = !d.personal
 	if m, ok := sc.(ssh.AlgorithmsConnMetadata); ok {
 		a := m.Algorithms()
 		login.negotiated(a)
@@ -294,6 +297,8 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 	d.log.Debug().Str("server", use.Printable(info.Version)).Str("kex", info.Kex).Str("cipher", info.Cipher).
 		Str("auth", info.Auth).Msg("connected")
 	c := newConn(sc, channels, requests, t, info)
+	c.qos, c.log = d.qos(), d.log
+	c.Mark(d.spec.Lane.Class)
 	c.accepted = !trusted.stored
 	if trusted.update {
 		c.update = keys.updater(sc.SessionID())

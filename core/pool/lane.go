@@ -1,0 +1,310 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// Class is what a session asks of the network.
+type Class int
+
+// The classes. Bulk has connections of its own where that needs no person, so that nobody types behind a copy.
+const (
+	Interactive Class = iota
+	Bulk
+)
+
+// Lane is what keeps the upstreams of one target apart.
+type Lane struct {
+	Class Class
+	// Agent is the identity of the agent that is forwarded there; "" for none. sshd honours one request per connection,
+	// and gives the socket to every later session of it, asked or not.
+	Agent string
+}
+
+// String is the lane's name for a person.
+func (l Lane) String() string {
+	switch {
+	case l.Agent != "":
+		return "agent"
+	case l.Class == Bulk:
+		return "bulk"
+	}
+	return "interactive"
+}
+
+const (
+	// laneTime is how long a session waits for a connection of its lane, rather than share another's.
+	laneTime = 3 * time.Second
+	// slotTime is how long a session waits until one of those that the server allows at a time has ended.
+	slotTime = time.Minute
+	// sayAfter is how long it waits before its person is told.
+	sayAfter = time.Second
+	// growPause is how long after a failed silent login the next may be tried.
+	growPause = 30 * time.Second
+	// maxGrowing bounds the logins under way for one lane: sshd drops some beyond ten (MaxStartups).
+	maxGrowing = 4
+	// lingerTime is how long an upstream without clients stays for the next one, beside one that has clients.
+	lingerTime = 30 * time.Second
+)
+
+// bulkPrograms are those whose sessions are bulk from the start, by the first word of the command.
+var bulkPrograms = []string{"scp", "rsync", "sftp-server"}
+
+// BulkBytes is what a session without a terminal has moved, in one direction, when it turns out to be bulk.
+const BulkBytes = 8 << 20
+
+// maxLearned bounds the programs of one target that are remembered to be bulk.
+const maxLearned = 256
+
+// programOf is what a session runs, as far as that tells something about its successors.
+func programOf(u use.Use) string {
+	switch u.Kind {
+	case use.Exec:
+		return base(use.Program(u.Command))
+	case use.Subsystem:
+		return "subsystem " + u.Subsystem
+	}
+	return ""
+}
+
+func base(path string) string {
+	for i := len(path) - 1; i >= 0; i-- {
+		if path[i] == '/' {
+			return path[i+1:]
+		}
+	}
+	return path
+}
+
+// KnownBulk tells whether a session that runs this is bulk from the start.
+func KnownBulk(u use.Use) bool {
+	program := programOf(u)
+	return program == "subsystem sftp" || slices.Contains(bulkPrograms, program)
+}
+
+// Classify tells the class of a session that is about to start.
+func (l *Lease) Classify(u use.Use, terminal bool) Class {
+	program := programOf(u)
+	switch {
+	case terminal || program == "":
+		return Interactive
+	case KnownBulk(u):
+		return Bulk
+	}
+	l.pool.mu.Lock()
+	defer l.pool.mu.Unlock()
+	if l.pool.learned[l.key.key][program] {
+		return Bulk
+	}
+	return Interactive
+}
+
+// NoteMoved says how many bytes a session without a terminal has moved, at least or in all. One that turns out to be bulk
+// moves its successors to the bulk lane, one that turns out to be small takes them back.
+func (l *Lease) NoteMoved(u use.Use, n int64) {
+	program := programOf(u)
+	if program == "" || KnownBulk(u) {
+		return
+	}
+	l.pool.mu.Lock()
+	defer l.pool.mu.Unlock()
+	set := l.pool.learned[l.key.key]
+	switch {
+	case n < BulkBytes/8:
+		delete(set, program)
+	case n < BulkBytes:
+	case set == nil:
+		l.pool.learned[l.key.key] = map[string]bool{program: true}
+	case len(set) < maxLearned:
+		set[program] = true
+	}
+}
+
+// laneKey names the upstreams that may carry the same sessions.
+type laneKey struct {
+	flightKey
+	class Class
+}
+
+func (l *Lease) laneKey(lane Lane) laneKey {
+	k := l.key
+	k.lane = lane.Agent
+	return laneKey{k, lane.Class}
+}
+
+// growth is what is under way to give a lane another upstream, without a person.
+type growth struct {
+	dials   int       // under way
+	waiting int       // sessions that wait for room
+	failed  time.Time // of the last that failed
+}
+
+// errNoSlot says that the server allows no more sessions at a time, and no other connection could be had.
+var errNoSlot = errors.New("no free session")
+
+// place reserves room for a session: an upstream on which it may open one, with the spare that it takes over, if there
+// is one. Without an upstream, wait is closed when there may be one. Pool.mu is held.
+func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *opening, wait <-chan struct{}, err error) {
+	p := l.pool
+	l.convertLocked(lane)
+	var best *upstream
+	var shared, full []*upstream
+	silent := l.silent
+	for _, o := range p.ups {
+		if !l.mayUseLocked(o) {
+			continue
+		}
+		silent = silent || o.conn.Server().Silent
+		switch {
+		case o.lane.Agent != lane.Agent:
+		case !o.hasRoomLocked():
+			full = append(full, o)
+		case o.lane.Class != lane.Class && lane.Agent == "":
+			shared = append(shared, o)
+		case best == nil || l.rank(o) > l.rank(best):
+			best = o
+		}
+	}
+	if best == nil {
+		g := p.growths[l.laneKey(lane)]
+		patience := laneTime
+		if len(shared) == 0 {
+			patience = slotTime
+		}
+		growing := silent && waited < patience && (g == nil || time.Since(g.failed) > growPause)
+		switch {
+		case growing:
+			return nil, nil, p.growLocked(l, lane), nil
+		case len(shared) > 0:
+			best = slices.MaxFunc(shared, func(a, b *upstream) int { return l.rank(a) - l.rank(b) })
+		case len(full) > 0:
+			limit := full[0].sessions.limit
+			if waited >= slotTime {
+				return nil, nil, nil, fmt.Errorf("%s: %w in %s: the server allows %d at a time (MaxSessions in its "+
+					"sshd_config); close one, or set MUXPROXY_BYPASS=1", l.spec.Target.Addr(), errNoSlot, slotTime, limit)
+			}
+			return nil, nil, p.wake, nil
+		case lane.Agent != "":
+			return nil, nil, nil, errNoAgentLane
+		default:
+			return nil, nil, nil, l.reasonLocked()
+		}
+	}
+	l.holdLocked(best)
+	return best, best.reserveLocked(), nil, nil
+}
+
+// errNoAgentLane says that forwarding the agent needs a connection of its own, which can't be had without a person.
+var errNoAgentLane = errors.New("agent forwarding needs a login of its own, and nobody can be asked for that now; " +
+	"put ForwardAgent yes into ssh_config or -A on the command line, or set MUXPROXY_BYPASS=1")
+
+// convertLocked gives the client's own connection to the lane, if nothing else is on it: it need not dial another.
+func (l *Lease) convertLocked(lane Lane) {
+	u := l.home
+	if u == nil || u.lane == lane || len(u.leases) > 1 || l.holds[u] > 0 || u.agentReq != nil {
+		return
+	}
+	if lane.Agent == "" && u.lane.Agent == "" && !u.conn.Server().Silent {
+		return // whoever comes next could not have another
+	}
+	u.setLaneLocked(lane)
+}
+
+// mayUseLocked tells whether the lease may open something on u now.
+func (l *Lease) mayUseLocked(u *upstream) bool {
+	_, held := l.holds[u]
+	return u.key == l.key.key && u.admits(l.key.agent) && !u.conn.Down() && !u.suspectLocked() && (held || !u.draining)
+}
+
+// rank orders upstreams that would do: the client's own before others that it uses, those before the rest, older first.
+func (l *Lease) rank(u *upstream) int {
+	if u == l.home {
+		return 2
+	}
+	if _, held := l.holds[u]; held {
+		return 1
+	}
+	return 0
+}
+
+func (p *Pool) growthLocked(k laneKey) *growth {
+	g := p.growths[k]
+	if g == nil {
+		g = &growth{}
+		p.growths[k] = g
+	}
+	return g
+}
+
+// growLocked has another upstream dialled for a lane, unless enough are on their way, and returns what is closed when
+// there is news. It asks nobody anything.
+func (p *Pool) growLocked(l *Lease, lane Lane) <-chan struct{} {
+	k := l.laneKey(lane)
+	g := p.growthLocked(k)
+	each := 1 << 30 // sessions that one upstream takes
+	for _, u := range p.ups {
+		if u.key == l.key.key && u.sessions.limit > 0 {
+			each = min(each, u.sessions.limit)
+		}
+	}
+	want := min(maxGrowing, 1+g.waiting/each)
+	for ; g.dials < want && !p.closed; g.dials++ {
+		spec := l.spec
+		spec.Lane, spec.Silent = lane, true
+		spec.Connected, spec.Banner, spec.Say, spec.Debug = nil, nil, nil, nil
+		p.wg.Go(func() { p.grow(k, spec, l.by, g) })
+	}
+	return p.wake
+}
+
+func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
+	began := time.Now()
+	id := p.lastID.Add(1)
+	var through *upstream
+	spec.Transport = p.transport(spec, by, nobody{}, func(u *upstream) { through = u })
+	conn, err := p.dialer.Dial(p.ctx, spec, nobody{})
+	p.mu.Lock()
+	g.dials--
+	if err == nil && p.closed {
+		p.wg.Go(func() { end(conn) })
+		err = errClosed
+	}
+	var u *upstream
+	if err == nil {
+		u = newUpstream(p, id, k.flightKey, spec, conn)
+		u.through = through
+		p.ups = append(p.ups, u)
+		u.keepSpareLocked()
+		// Those who waited for it may have left.
+		u.idle++
+		idle := u.idle
+		p.wg.Go(func() { u.release(idle) })
+	} else {
+		g.failed = time.Now()
+	}
+	p.wakeLocked()
+	p.mu.Unlock()
+	if err != nil {
+		p.log.Info().Stringer("target", spec.Target).Stringer("lane", spec.Lane).Err(err).Msg("no further connection")
+		return
+	}
+	p.up(u, began)
+}
+
+// nobody is the Asker where no person can be asked.
+type nobody struct{}
+
+// Ask implements Asker.
+func (nobody) Ask(context.Context, Question) ([]string, error) { return nil, ErrNobody }
+
+// wakeLocked tells all that wait for room that there may be some.
+func (p *Pool) wakeLocked() {
+	close(p.wake)
+	p.wake = make(chan struct{})
+}

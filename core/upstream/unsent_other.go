@@ -1,0 +1,7 @@
+//go:build !linux
+
+package upstream
+
+import "net"
+
+func limitUnsent(net.Conn) {}
