@@ -75,7 +75,8 @@ func TestConditions(t *testing.T) {
 		{`use.program == "git-upload-pack"`, exec(`'git-upload-pack' x`), true},
 		{`use.program == ""`, exec(`git-upload-pack "x"`), true},
 		{`use.command == "a"`, exec("a"), true},
-		{`use.command == "" && use.program == "" && use.subsystem == "" && use.destination == "" && use.name == "" && use.port == 0`, use.Use{Kind: use.Shell}, true},
+		{`use.command == "" && use.program == "" && use.subsystem == ""`, use.Use{Kind: use.Shell}, true},
+		{`use.destination == "" && use.name == "" && use.port == 0`, use.Use{Kind: use.Shell}, true},
 		{`use.subsystem == "sftp"`, use.Use{Kind: use.Subsystem, Subsystem: "sftp"}, true},
 		{`use.name == "close" && use.destination == "x"`, use.Use{Kind: use.Control, Name: "close", Addr: "X."}, true},
 		{`use.destination == "x" && use.port == 22`, use.Use{Kind: use.Control, Name: "close", Addr: "a@b@X:22"}, true},
@@ -92,7 +93,8 @@ func TestConditions(t *testing.T) {
 		{`contains(client.parents[*].exe, "/usr/bin/git") && client.parents[0].args[1] == "fetch"`, use.Use{}, true},
 		{`length([for p in client.parents : p if p.exe == "/usr/bin/zsh"]) == 1`, use.Use{}, true},
 		{`client.env.CI == "1" && client.env["HOME"] == ""`, use.Use{}, true},
-		{`host.name == "db.prod.example.com" && host.port == 22 && host.user == "me" && host.address == "" && host.alias == ""`, use.Use{}, true},
+		{`host.name == "db.prod.example.com" && host.port == 22 && host.user == "me"`, use.Use{}, true},
+		{`host.address == "" && host.alias == ""`, use.Use{}, true},
 		{`matches("^sudo ", use.command)`, exec("sudo id"), true},
 		{`matches("^sudo ", use.command)`, exec("x sudo id"), false},
 		{`glob("sudo *", use.command)`, exec("sudo id/x"), true},
@@ -354,7 +356,17 @@ host "*" {
 
 // Without schemas any block may be a plugin's; its condition is the core's all the same.
 func TestUnknownSchemas(t *testing.T) {
-	const src = "plugin \"own\" {\ncolour = \"red\"\nsub {}\n}\nhost \"*\" {\nown \"x\" {\nanything = use.foo\nwhen = use.kind == \"exec\"\n}\n}"
+	const src = `plugin "own" {
+  colour = "red"
+  sub {}
+}
+host "*" {
+  own "x" {
+    anything = use.foo
+    when     = use.kind == "exec"
+  }
+}
+`
 	s := loadWith(t, src, Options{})
 	if b := s.Blocks("own"); len(b) != 1 || b[0].Value != cty.NilVal || b[0].JSON() != nil || len(s.Plugins()) != 1 {
 		t.Error(b)
@@ -394,13 +406,16 @@ func TestSchemaCheck(t *testing.T) {
 		"not a number":             attr(Attribute{Name: "a", Type: cty.Number, Default: cty.StringVal("x")}),
 		"unknown format":           attr(Attribute{Name: "a", Type: cty.String, Format: "x"}),
 		`the name "path" is taken`: {Plugin: Block{Attributes: []Attribute{{Name: "path", Type: cty.String}}}},
-		`local: the name "to"`:     {Host: Block{Blocks: []Nested{{"local", Block{Labels: []string{"to"}, Attributes: []Attribute{{Name: "to", Type: cty.String}}}}}}},
-		"only nested blocks":       {Host: Block{Labels: []string{"x"}}},
+		`local: the name "to"`: {Host: Block{Blocks: []Nested{{"local", Block{
+			Labels: []string{"to"}, Attributes: []Attribute{{Name: "to", Type: cty.String}},
+		}}}}},
+		"only nested blocks": {Host: Block{Labels: []string{"x"}}},
 	} {
 		if err := s.Check(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
-		if s, diags := Parse("config.hcl", nil, Options{Schemas: map[string]Schema{"x": s}}); s != nil || !strings.Contains(diags.Error(), "plugin x") {
+		loaded, diags := Parse("config.hcl", nil, Options{Schemas: map[string]Schema{"x": s}})
+		if loaded != nil || !strings.Contains(diags.Error(), "plugin x") {
 			t.Errorf("%v: loaded", diags)
 		}
 	}
@@ -441,7 +456,8 @@ func TestLoad(t *testing.T) {
 	} {
 		write(c.text, c.mode)
 		s, d := Load(file, true, Options{})
-		if s != nil || !strings.Contains(d.Error(), c.want) || !strings.HasPrefix(d.Error(), file+":") || strings.Count(d.Error(), file+":") != 1 {
+		if text := d.Error(); s != nil || !strings.Contains(text, c.want) || !strings.HasPrefix(text, file+":") ||
+			strings.Count(text, file+":") != 1 {
 			t.Errorf("%q: %v", c.want, d)
 		}
 	}
@@ -522,7 +538,15 @@ func TestExplain(t *testing.T) {
 
 // One snapshot serves many at once.
 func TestConcurrent(t *testing.T) {
-	s := load(t, "host \"*\" {\ndeny {\nwhen = contains(client.parents[*].exe, \"/x\") && length([for p in client.parents : p]) > 0\n}\nconfirm {\nwhen = use.port != 5\n}\n}")
+	s := load(t, `host "*" {
+  deny {
+    when = contains(client.parents[*].exe, "/x") && length([for p in client.parents : p]) > 0
+  }
+  confirm {
+    when = use.port != 5
+  }
+}
+`)
 	e := s.For(target, use.Caller{Processes: []use.Process{{}, {}, {Exe: "/x"}}})
 	var wg sync.WaitGroup
 	for range 8 {
