@@ -135,7 +135,10 @@ func (s *Snapshot) denied(f *failure) *use.Denied {
 
 // Lane implements use.Effective.
 func (e *effective) Lane(u use.Use) string {
-	lane, _, _ := e.lane(u, e.context(u))
+	lane, block, _ := e.lane(u, e.context(u))
+	if block == nil {
+		return ""
+	}
 	return lane
 }
 

@@ -176,7 +176,7 @@ func (s *Snapshot) Explain(u use.Use) *Explanation {
 		}
 	}
 	if session(u.Kind) {
-		out.Lane = e.Lane(u)
+		out.Lane, _, _ = e.lane(u, ctx)
 		reached := true
 		for _, h := range e.hosts {
 			for _, l := range h.lanes {

@@ -41,7 +41,7 @@ var (
 			Doc: "required: what can't be logged is denied"},
 		{Name: "audit_commands", Type: cty.String, Default: cty.StringVal("program"), Words: []string{"program", "full"},
 			Doc: "what audit.log holds of a command; full: secrets on command lines, too"},
-		{Name: "lock_on", Type: cty.List(cty.String), Words: []string{"session-lock", "suspend"},
+		{Name: "lock_on", Type: cty.List(cty.String), Words: []string{"screen", "sleep"},
 			Doc: "what locks as `muxproxy lock` does"},
 		{Name: "askpass", Type: cty.String, Format: Path, Words: []string{""},
 			Doc: "program that asks for a login's secrets where no client can; empty: none"},

@@ -96,7 +96,7 @@ type Master struct {
 	AllowForeign  bool          // clients in other user, pid or mount namespaces are served
 	AuditRequired bool          // a use that can't be logged is denied
 	AuditFull     bool          // commands are logged whole
-	LockOn        []string      // "session-lock", "suspend"
+	LockOn        []string      // "screen", "sleep"
 	Askpass       string        // program that asks a person for a login's secrets; "": none
 }
 

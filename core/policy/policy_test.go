@@ -286,10 +286,10 @@ host "*" {
 	}{
 		{use.Use{Kind: use.Subsystem, Subsystem: "sftp"}, Interactive},
 		{use.Use{Kind: use.Exec, Command: "cat x"}, Bulk},
-		{use.Use{Kind: use.Exec, Command: "cat x | y"}, Interactive},
-		{use.Use{Kind: use.Exec, Command: "scp -t x"}, Bulk},
-		{use.Use{Kind: use.Exec, Command: "rsync --server . x"}, Bulk},
-		{shell, Interactive},
+		{use.Use{Kind: use.Exec, Command: "cat x | y"}, ""},
+		{use.Use{Kind: use.Exec, Command: "scp -t x"}, ""},
+		{use.Use{Kind: use.Exec, Command: "rsync --server . x"}, ""},
+		{shell, ""},
 	} {
 		if got := e.Lane(c.u); got != c.want {
 			t.Errorf("%+v: %s", c.u, got)
@@ -309,7 +309,7 @@ func TestDefault(t *testing.T) {
 			t.Error(kind, d)
 		}
 	}
-	if !e.Share() || e.Lane(use.Use{Subsystem: "sftp"}) != Bulk || len(s.Plugins()) != 0 || fmt.Sprint(s.Master()) != fmt.Sprint(Master{LogLevel: "info", ExitWhenIdle: -1}) {
+	if !e.Share() || e.Lane(use.Use{Subsystem: "sftp"}) != "" || len(s.Plugins()) != 0 || fmt.Sprint(s.Master()) != fmt.Sprint(Master{LogLevel: "info", ExitWhenIdle: -1}) {
 		t.Error("not the defaults")
 	}
 }
@@ -323,7 +323,7 @@ master {
   foreign        = "allow"
   audit          = "required"
   audit_commands = "full"
-  lock_on        = ["suspend"]
+  lock_on        = ["sleep"]
   askpass        = "/usr/bin/ssh-askpass"
 }
 plugin "audit-mail" {
@@ -339,7 +339,7 @@ host "*" {
 }
 `, Options{Schemas: schemas(), Home: "/home/me"})
 	m := s.Master()
-	want := Master{"debug", time.Hour, "/home/me/.ssh/config", true, true, true, []string{"suspend"}, "/usr/bin/ssh-askpass"}
+	want := Master{"debug", time.Hour, "/home/me/.ssh/config", true, true, true, []string{"sleep"}, "/usr/bin/ssh-askpass"}
 	if fmt.Sprint(m) != fmt.Sprint(want) {
 		t.Errorf("%+v", m)
 	}

@@ -19,7 +19,7 @@ type Effective interface {
 	// Deny returns the denial by the first deny block that holds for u, or by the first thing that could not be
 	// evaluated; nil if policy has nothing against u.
 	Deny(u Use) *Denied
-	// Lane is "interactive" or "bulk".
+	// Lane is "interactive" or "bulk" as a lane block says; "": none holds, and what runs decides.
 	Lane(u Use) string
 	// Block returns the number of the plugin's block that holds for u, as the plugin was told of it, and -1 if there is
 	// none. A block that could not be evaluated is a denial.

@@ -2,5 +2,5 @@ master {
   log_level      = "verbose"
   foreign        = true
   audit_commands = "ful"
-  lock_on        = ["suspend", "lid"]
+  lock_on        = ["sleep", "lid"]
 }
