@@ -98,9 +98,11 @@ const (
 )
 
 type fakeMaster struct {
-	status control.Status
-	err    error
-	end    func()
+	status   control.Status
+	reloaded control.Reloaded
+	left     use.LockState // after unlock
+	err      error
+	end      func()
 
 	mu    sync.Mutex // guards what follows
 	calls []string
@@ -136,6 +138,18 @@ func (f *fakeMaster) Stop(_ context.Context, _ use.Caller, drain bool) error {
 		f.end()
 	}
 	return err
+}
+func (f *fakeMaster) Reload(context.Context, use.Caller, bool) (control.Reloaded, error) {
+	return f.reloaded, f.call("reload")
+}
+func (f *fakeMaster) Lock(_ context.Context, _ use.Caller, passphrase []byte) error {
+	return f.call("lock " + string(passphrase))
+}
+func (f *fakeMaster) Unlock(_ context.Context, _ use.Caller, passphrase []byte) (use.LockState, error) {
+	if string(passphrase) == "wrong" {
+		return use.LockState{Locked: true}, use.ErrPassphrase
+	}
+	return f.left, f.call("unlock " + string(passphrase))
 }
 func (f *fakeMaster) HostKeys() (plain, ca []string) {
 	return []string{plainKey}, []string{caKey}

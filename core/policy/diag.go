@@ -142,9 +142,9 @@ func (ds Diagnostics) Write(w io.Writer, color bool) error {
 	return err
 }
 
-// Print is Write in colour if f is a terminal, and without it else or where NO_COLOR is set (https://no-color.org).
-func (ds Diagnostics) Print(f *os.File) error {
-	return ds.Write(f, isatty.IsTerminal(f.Fd()) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb")
+// Color reports whether f is to get ANSI colours: a terminal is, unless NO_COLOR is set (https://no-color.org).
+func Color(f *os.File) bool {
+	return isatty.IsTerminal(f.Fd()) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
 // Width of an excerpt: what is longer is cut around the place.

@@ -13,7 +13,7 @@ import (
 )
 
 // Colours are for terminals, and for people who want them.
-func TestPrint(t *testing.T) {
+func TestColor(t *testing.T) {
 	_, diags := Parse("config.hcl", []byte("x {\n}\n"), Options{})
 	file, err := os.Create(filepath.Join(t.TempDir(), "out"))
 	if err != nil {
@@ -22,7 +22,7 @@ func TestPrint(t *testing.T) {
 	defer file.Close()
 	t.Setenv("NO_COLOR", "")
 	t.Setenv("TERM", "xterm")
-	if err := diags.Print(file); err != nil {
+	if err := diags.Write(file, Color(file)); err != nil {
 		t.Fatal(err)
 	}
 	if text, err := os.ReadFile(file.Name()); err != nil || strings.Contains(string(text), "\x1b") {
@@ -39,7 +39,7 @@ func TestPrint(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer master.Close()
-			if err := diags.Print(tty); err != nil {
+			if err := diags.Write(tty, Color(tty)); err != nil {
 				t.Fatal(err)
 			}
 			tty.Close() // what was written stays readable; after it Linux says EIO
