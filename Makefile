@@ -36,7 +36,7 @@ bench: build
 test:
 	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
-		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh \
+		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
 		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)
 	go test -race -timeout 10m -count=1 ./e2e

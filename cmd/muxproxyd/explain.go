@@ -31,8 +31,8 @@ asked. The client is taken to be what runs this command.
 KIND is ` + strings.Join(kinds[:5], ", ") + `,
 ` + strings.Join(kinds[5:], ", ") + `; without it
 exec, or shell without COMMAND. COMMAND stands for what the use is about: a
-subsystem's name, where a forward leads (host:port), the name of a command. Quote
-a COMMAND of several words. Ends with 1 if it would be denied.`,
+subsystem's name, where a forward leads (host:port), the name of a command.
+Quote a COMMAND of several words. Ends with 1 if it would be denied.`,
 		Example: "  muxproxy explain db.example.com 'git-upload-pack /srv/x.git'\n" +
 			"  muxproxy explain root@db --kind local-forward localhost:5432",
 		Args: func(cmd *cobra.Command, args []string) error {

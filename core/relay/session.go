@@ -50,7 +50,12 @@ func (r *Relay) session(nc ssh.NewChannel, earlier <-chan struct{}) {
 	}
 	r.mu.Lock()
 	r.sessions[s] = struct{}{}
+	untold := r.untold
+	r.untold = nil
 	r.mu.Unlock()
+	for _, line := range untold {
+		s.say(line)
+	}
 	s.serve()
 	s.endPermits()
 	if s.server == nil || !s.server.Down() || s.link.Load() != nil && s.server.ClosedInOrder() {
