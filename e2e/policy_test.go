@@ -206,20 +206,14 @@ func TestAHostThatIsNotShared(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		want(t, w.ssh("box", "echo hi"), 0, "hi\n")
-		w.reload2locked()
+		if r := w.mux("master", "reload"); r.status != 255 || !strings.Contains(r.err, "denied by lock") {
+			t.Errorf("%+v", r)
+		}
+		if r := w.mux("unlock"); r.status != 0 {
+			t.Errorf("%+v", r)
+		}
 		p.release()
 	})
-}
-
-// reload2locked shows that the lock stops a reload, and opens it.
-func (w *world) reload2locked() {
-	w.t.Helper()
-	if r := w.mux("master", "reload"); r.status != 255 || !strings.Contains(r.err, "denied by lock") {
-		w.t.Errorf("%+v", r)
-	}
-	if r := w.mux("unlock"); r.status != 0 {
-		w.t.Errorf("%+v", r)
-	}
 }
 
 // via: policy's jump hosts instead of ssh_config's, looked up as that has them.
@@ -380,9 +374,13 @@ func TestReload(t *testing.T) {
 		eventually(t, "SIGHUP reloads", func() bool { return !denied() })
 
 		// The policy in force judges the reload.
-		w.reload("host \"*\" {\n  deny {\n    when   = use.kind == \"control\" && use.name == \"reload\"\n    reason = \"as it is\"\n  }\n}\n")
+		w.policy("host \"*\" {\n  deny {\n    when   = use.kind == \"control\" && use.name == \"reload\"\n    reason = \"as it is\"\n  }\n}\n")
+		eventually(t, "reloads are denied", func() bool {
+			r := w.mux("master", "reload")
+			return r.status == 255 && strings.Contains(r.err, "denied by policy: as it is")
+		})
 		w.policy(strict)
-		if r := w.mux("master", "reload"); r.status != 255 || !strings.Contains(r.err, "denied by policy: as it is") {
+		if r := w.mux("master", "reload"); r.status != 255 {
 			t.Errorf("%+v", r)
 		}
 		if denied() {
@@ -600,5 +598,35 @@ host "box" {
 		if _, ok := w.status(); ok {
 			t.Error("a command has started a master")
 		}
+	})
+}
+
+// A sandbox of the same user gets nothing from the master, unless policy lets it.
+func TestACallerFromAnotherNamespace(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forEach(t, func(t *testing.T, w *world) {
+		unshare := []string{"unshare", "--mount"}
+		if os.Geteuid() != 0 {
+			unshare = []string{"unshare", "--user", "--map-current-user", "--mount"}
+		}
+		if r := w.run(spec{args: append(unshare, "true"), null: true}); r.status != 0 {
+			t.Logf("this system makes no namespaces: %s", r.err)
+			return
+		}
+		first := w.hold()
+		foreign := func(args ...string) result { return w.run(spec{args: append(unshare, args...), null: true}) }
+		r := foreign(w.sshArgs("box", "echo hi")...)
+		if r.status != 255 || !strings.Contains(r.err, "namespace") || !strings.Contains(r.err, `foreign = "allow"`) {
+			t.Errorf("%+v", r)
+		}
+		if r := foreign(binDir+"/muxproxy", "lock"); r.status != 255 || !strings.Contains(r.err, "namespace") {
+			t.Errorf("%+v", r)
+		}
+		w.reload("master {\n  foreign = \"allow\"\n}\n")
+		want(t, foreign(w.sshArgs("box", "echo hi")...), 0, "hi\n")
+		w.connections(1)
+		first.release()
 	})
 }

@@ -108,12 +108,9 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	c.hello = hello
 	c.target = use.Target(hello.Target)
 	c.log = c.log.With().Stringer("target", c.target).Logger()
-	if !m.policy.now.Load().Master().AllowForeign {
-		err = c.checkNamespaces()
-	}
-	if err != nil {
+	if err := m.checkNamespaces(c.who); err != nil {
 		c.log.Warn().Err(err).Stringer("caller", c.who).Msg("client refused")
-		c.answer(wire.Failed, err.Error())
+		c.answer(wire.Failed, err.Error()+"; set MUXPROXY_BYPASS=1")
 		return
 	}
 	if !c.policy().Share() {
@@ -181,18 +178,21 @@ func (c *client) caller() use.Caller {
 // policy is what the policy in force says of the client's target.
 func (c *client) policy() use.Effective { return c.master.policy.lookup().For(c.target, c.caller()) }
 
-// checkNamespaces refuses a caller from a container or sandbox of the same uid: it would get out of there through the
-// master.
-func (c *client) checkNamespaces() error {
-	if len(c.who.Processes) == 0 {
-		return errors.New("the calling process can't be seen from here; set MUXPROXY_BYPASS=1")
+// checkNamespaces refuses a caller from a container or sandbox of the same uid, unless policy admits it: it would get out
+// of there through the master.
+func (m *Master) checkNamespaces(caller use.Caller) error {
+	if m.policy.now.Load().Master().AllowForeign {
+		return nil
 	}
-	same, err := use.SameNamespaces(c.who.Processes[0])
+	if len(caller.Processes) == 0 {
+		return errors.New("the calling process can't be seen from here")
+	}
+	same, err := use.SameNamespaces(caller.Processes[0])
 	switch {
 	case err != nil:
-		return fmt.Errorf("the calling process can't be checked: %w; set MUXPROXY_BYPASS=1", err)
+		return fmt.Errorf("the calling process can't be checked: %w", err)
 	case !same:
-		return errors.New("called from another user, pid or mount namespace than the master's; set MUXPROXY_BYPASS=1, or " +
+		return errors.New("called from another user, pid or mount namespace than the master's, which needs " +
 			"foreign = \"allow\" in the master's policy")
 	}
 	return nil

@@ -91,6 +91,10 @@ func (m *Master) matcher(target string) func(pool.ConnInfo) bool {
 // permit passes the gate for a command that changes something. addr is what the command was given, about the host that
 // this means, if it is about one.
 func (m *Master) permit(ctx context.Context, by use.Caller, verb, addr string, about use.Target) (*use.Permit, error) {
+	if err := m.checkNamespaces(by); err != nil {
+		m.log.Warn().Err(err).Stringer("caller", by).Str("command", verb).Msg("command refused")
+		return nil, err
+	}
 	if p, ok := by.Client(); ok {
 		by.Env = use.ReadEnv(p, m.policy.now.Load().EnvNames())
 	}
