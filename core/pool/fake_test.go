@@ -18,8 +18,9 @@ import (
 // farm is a Dialer to servers that count sessions as sshd does.
 type farm struct {
 	openSSH bool
-	max     int  // sessions that one connection allows (MaxSessions); -1: none
-	person  bool // each login needs an answer
+	max     int           // sessions that one connection allows (MaxSessions); -1: none
+	person  bool          // each login needs an answer
+	takes   time.Duration // for a silent login
 
 	mu     sync.Mutex // guards what follows
 	refuse error      // what silent logins fail with; nil: they don't
@@ -55,6 +56,9 @@ func (f *farm) Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error) {
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
+	}
+	if spec.Silent {
+		time.Sleep(f.takes) // in a bubble: its time is the test's
 	}
 	if spec.Silent && refuse != nil {
 		return nil, refuse

@@ -324,6 +324,17 @@ func TestTheAgentIsAskedForOnce(t *testing.T) {
 		t.Error("forwarded by a permit for something else")
 	}
 	l.Release()
+
+	// Nor does the connection become one for sessions without it: the server would give them the agent's socket.
+	again := acquire(t, p, forwarding("1:4"))
+	ch := open(t, again, Lane{Agent: "1:4"})
+	ch.Agent(t.Context(), pm, name, none)
+	ch.Close()
+	eventually(t, "its session has ended", func() bool { return ch.closed.Load() != 0 })
+	if plain := open(t, again, Lane{}); plain.Upstream() == ch.Upstream() {
+		t.Error("a session without the agent is on the connection with it")
+	}
+	again.Release()
 }
 
 // incoming is a channel that the server opens.

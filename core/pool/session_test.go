@@ -109,6 +109,12 @@ func TestASpareThatIsClosedAsItIsTaken(t *testing.T) {
 			t.Errorf("%d holds are left", n)
 		}
 		open(t, l, Lane{})
+		before, _ := f.conn(0).opens()
+		open(t, l, Lane{})
+		synctest.Wait()
+		if after, _ := f.conn(0).opens(); after != before+1 {
+			t.Errorf("another spare was opened after that")
+		}
 		l.Release()
 	})
 }
@@ -128,59 +134,64 @@ func TestGrowth(t *testing.T) {
 		"no limit":               {true, 0, 1, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			f := &farm{openSSH: c.openSSH, max: c.max}
-			p := newPool(t, f, CloseAtOnce{})
-			leases := make([]*Lease, n)
-			for i := range leases {
-				leases[i] = acquire(t, p, spec("alice"))
-			}
-			channels := make(chan *Channel, n)
-			for _, l := range leases {
-				go func() {
-					ch, reqs, err := l.Session(context.Background(), permit(t, use.Exec), Lane{}, nil)
-					if err != nil {
-						t.Error(err)
-					} else {
-						l.Discard(reqs)
+			synctest.Test(t, func(t *testing.T) {
+				f := &farm{openSSH: c.openSSH, max: c.max, takes: 100 * time.Millisecond}
+				p := newPool(t, f, CloseAtOnce{})
+				leases := make([]*Lease, n)
+				for i := range leases {
+					leases[i] = acquire(t, p, spec("alice"))
+				}
+				channels := make(chan *Channel, n)
+				for _, l := range leases {
+					go func() {
+						ch, reqs, err := l.Session(context.Background(), permit(t, use.Exec), Lane{}, nil)
+						if err != nil {
+							t.Error(err)
+						} else {
+							l.Discard(reqs)
+						}
+						channels <- ch
+					}()
+				}
+				var all []*Channel
+				for range n {
+					all = append(all, <-channels)
+				}
+				if t.Failed() {
+					return
+				}
+				if d := f.dials(); d < c.fewest || d > c.dearer {
+					t.Errorf("%d dials", d)
+				}
+				if f.most > maxGrowing || c.fewest == n && f.most < maxGrowing {
+					t.Errorf("%d dials at a time", f.most)
+				}
+				on := map[uint64]int{}
+				for _, ch := range all {
+					on[ch.Upstream()]++
+				}
+				for id, have := range on {
+					if c.max > 0 && have > c.max {
+						t.Errorf("%d sessions on upstream %d", have, id)
 					}
-					channels <- ch
-				}()
-			}
-			var all []*Channel
-			for range n {
-				all = append(all, <-channels)
-			}
-			if t.Failed() {
-				return
-			}
-			if d := f.dials(); d < c.fewest || d > c.dearer {
-				t.Errorf("%d dials", d)
-			}
-			if f.most > maxGrowing {
-				t.Errorf("%d dials at a time", f.most)
-			}
-			on := map[uint64]int{}
-			for _, ch := range all {
-				on[ch.Upstream()]++
-			}
-			for id, have := range on {
-				if c.max > 0 && have > c.max {
-					t.Errorf("%d sessions on upstream %d", have, id)
+					if limit := infos(p)[id].MaxSessions; limit != 0 && limit != c.max {
+						t.Errorf("limit %d was learned", limit)
+					}
 				}
-				if limit := infos(p)[id].MaxSessions; limit != 0 && limit != c.max {
-					t.Errorf("limit %d was learned", limit)
+				for i, ch := range all {
+					ch.Close()
+					leases[i].Release()
 				}
-			}
-			for i, ch := range all {
-				ch.Close()
-				leases[i].Release()
-			}
-			eventually(t, "all closed", func() bool { return len(p.List()) == 0 })
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			if len(p.growths) != 0 || len(p.quiet) != 0 {
-				t.Errorf("left: %d growths, %d quiet", len(p.growths), len(p.quiet))
-			}
+				synctest.Wait()
+				if left := p.List(); len(left) != 0 {
+					t.Errorf("left: %+v", left)
+				}
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				if len(p.growths) != 0 || len(p.quiet) != 0 {
+					t.Errorf("left: %d growths, %d quiet", len(p.growths), len(p.quiet))
+				}
+			})
 		})
 	}
 }
