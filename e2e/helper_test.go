@@ -12,6 +12,8 @@ func helper(name string, args []string) int {
 	switch name {
 	case "knock":
 		return knock(args)
+	case "xclient":
+		return xclient(args)
 	}
 	fmt.Fprintf(os.Stderr, "no helper %q %q\n", name, args)
 	return 2
