@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -154,6 +155,9 @@ func TestCopiesHaveTheirOwnConnection(t *testing.T) {
 			eventually(t, "the connection ends", func() bool { return len(w.mustStatus().Upstreams) == 0 })
 		}
 		for name, args := range copies {
+			if err := os.Remove(w.path("there")); err != nil { // rsync sends what differs
+				t.Fatal(err)
+			}
 			shell := w.hold()
 			before := w.link.count()
 			w.ok(args(w, file)...)

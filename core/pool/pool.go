@@ -529,7 +529,7 @@ func (p *Pool) Drain(match func(ConnInfo) bool) int {
 	}
 	p.mu.Unlock()
 	for _, u := range idle {
-		u.conn.Close()
+		p.wg.Go(u.closeIdle)
 	}
 	return n
 }
