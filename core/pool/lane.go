@@ -59,7 +59,7 @@ var bulkPrograms = []string{"scp", "rsync", "sftp-server"}
 // BulkBytes is what a session without a terminal has moved, in one direction, when it turns out to be bulk.
 const BulkBytes = 8 << 20
 
-// maxLearned bounds the programs of one target that are remembered to be bulk.
+// maxLearned bounds the programs of one target that are remembered to be bulk, and the targets.
 const maxLearned = 256
 
 // programOf is what a session runs, as far as that tells something about its successors.
@@ -120,6 +120,9 @@ func (l *Lease) NoteMoved(u use.Use, n int64) {
 		delete(set, program)
 	case n < BulkBytes:
 	case set == nil:
+		if len(l.pool.learned) >= maxLearned {
+			clear(l.pool.learned)
+		}
 		l.pool.learned[l.key.key] = map[string]bool{program: true}
 	case len(set) < maxLearned:
 		set[program] = true
@@ -140,6 +143,7 @@ func (l *Lease) laneKey(lane Lane) laneKey {
 
 // growth is what is under way to give a lane another upstream, without a person.
 type growth struct {
+	key     laneKey
 	dials   int       // under way
 	waiting int       // sessions that wait for room
 	failed  time.Time // of the last that failed
@@ -236,10 +240,17 @@ func (l *Lease) rank(u *upstream) int {
 func (p *Pool) growthLocked(k laneKey) *growth {
 	g := p.growths[k]
 	if g == nil {
-		g = &growth{}
+		g = &growth{key: k}
 		p.growths[k] = g
 	}
 	return g
+}
+
+// forgetLocked drops g once it says nothing any more.
+func (p *Pool) forgetLocked(g *growth) {
+	if g.dials == 0 && g.waiting == 0 && time.Since(g.failed) > growPause && p.growths[g.key] == g {
+		delete(p.growths, g.key)
+	}
 }
 
 // growLocked has another upstream dialled for a lane, unless enough are on their way, and returns what is closed when
@@ -288,6 +299,7 @@ func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
 	} else {
 		g.failed = time.Now()
 	}
+	p.forgetLocked(g)
 	p.wakeLocked()
 	p.mu.Unlock()
 	if err != nil {
