@@ -61,7 +61,7 @@ var bulkPrograms = []string{"scp", "rsync", "sftp-server"}
 // BulkBytes is what a session without a terminal has moved, in one direction, when it turns out to be bulk.
 const BulkBytes = 8 << 20
 
-// maxLearned bounds the programs of one target that are remembered to be bulk.
+// maxLearned bounds the programs of one target that are remembered to be bulk, and the targets.
 const maxLearned = 256
 
 // programOf is what a session runs, as far as that tells something about its successors.
@@ -122,6 +122,9 @@ func (l *Lease) NoteMoved(u use.Use, n int64) {
 		delete(set, program)
 	case n < BulkBytes:
 	case set == nil:
+		if len(l.pool.learned) >= maxLearned {
+			clear(l.pool.learned)
+		}
 		l.pool.learned[l.key.key] = map[string]bool{program: true}
 	case len(set) < maxLearned:
 		set[program] = true

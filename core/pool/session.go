@@ -72,11 +72,12 @@ func (l *Lease) Session(ctx context.Context, permit *use.Permit, lane Lane, wait
 }
 
 func (l *Lease) stopWaiting(g *growth) {
-	l.pool.mu.Lock()
+	p := l.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	g.waiting--
-	l.pool.dropGrowthsLocked()
-	l.pool.quietLocked(l.key.key)
-	l.pool.mu.Unlock()
+	p.dropGrowthsLocked()
+	p.quietLocked(l.key.key)
 }
 
 // wake returns when there is news, or after a time. The error is that of ctx.
