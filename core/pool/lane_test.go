@@ -913,6 +913,43 @@ func TestDrainAndCloseOfSeveral(t *testing.T) {
 	}
 }
 
+// The pool closes a connection with its last channel, where the client is on another one too. That must not make the
+// channel look cut.
+func TestTheLastSessionOfAConnectionIsNotCut(t *testing.T) {
+	for name, c := range map[string]struct {
+		end     func(p *Pool, c *farmConn, copied uint64)
+		inOrder bool
+	}{
+		"it was draining": {func(p *Pool, c *farmConn, copied uint64) {
+			p.Drain(func(u ConnInfo) bool { return u.ID == copied })
+			c.closeAll()
+		}, true},
+		"it is drained just then": {func(p *Pool, c *farmConn, copied uint64) {
+			c.closeAll()
+			synctest.Wait()
+			p.Drain(func(u ConnInfo) bool { return u.ID == copied })
+		}, true},
+		"the connection has ended": {func(_ *Pool, c *farmConn, _ uint64) { c.end(errors.New("reset")) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &farm{}
+				p := newPool(t, f, CloseAtOnce{})
+				l, other := acquire(t, p, spec("alice")), acquire(t, p, spec("alice"))
+				copied := open(t, l, bulk)
+				c.end(p, f.conn(1), copied.Upstream())
+				<-f.conn(1).ended
+				synctest.Wait()
+				if got := copied.ClosedInOrder(); got != c.inOrder {
+					t.Errorf("closed in order: %v", got)
+				}
+				l.Release()
+				other.Release()
+			})
+		})
+	}
+}
+
 // A login that comes back when the pool has closed is ended.
 func TestALoginThatIsTooLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
