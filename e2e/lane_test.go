@@ -367,3 +367,27 @@ func TestACopyOutlivesTheShellsConnection(t *testing.T) {
 		want(t, w.ssh("box", "echo next"), 0, "next\n")
 	})
 }
+
+// The other way round, the copy is cut, and never looks complete; the shell goes on.
+func TestTheShellOutlivesTheCopysConnection(t *testing.T) {
+	forPipes(t, func(t *testing.T, w *world) {
+		if !muxproxyOnly(t) {
+			return
+		}
+		shell := w.hold()
+		first := w.link.snapshot()[0]
+		sftp := w.start(spec{args: []string{"sftp", "-q", "-F", w.conf, "-b", "-", "box"}})
+		sftp.send("pwd\n")
+		sftp.expect("working directory")
+		for _, p := range w.link.snapshot() {
+			if p != first {
+				p.end()
+			}
+		}
+		if r := sftp.wait(patience); r.status != 255 || !strings.Contains(r.err, "connection reset by peer") {
+			t.Errorf("sftp ended with %d: %q", r.status, r.err)
+		}
+		shell.echo("still")
+		shell.release()
+	})
+}

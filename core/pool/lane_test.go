@@ -720,6 +720,28 @@ func TestALostConnectionHurtsOnlyItsOwn(t *testing.T) {
 	})
 }
 
+// One that is not the client's home is its loss, too, when it dies with a session on it: nobody else would tell the client.
+func TestALostConnectionBesideTheHome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &farm{openSSH: true}
+		p := newPool(t, f, CloseAtOnce{})
+		l, other := acquire(t, p, spec("alice")), acquire(t, p, spec("alice"))
+		copied := open(t, l, bulk)
+		why := errors.New("h.example.com:22: connection reset by peer")
+		f.conn(1).end(why)
+		if loss := lossOf(l); loss.Upstream != copied.Upstream() || !errors.Is(loss.Reason, why) || !loss.Elsewhere {
+			t.Errorf("loss %+v", loss)
+		}
+		if copied.ClosedInOrder() {
+			t.Error("it looks complete")
+		}
+		synctest.Wait()
+		other.Watch(func(loss Loss) { t.Errorf("who was not on it has lost %+v", loss) })
+		l.Release()
+		other.Release()
+	})
+}
+
 // Without any connection left, forwards get a new one where that takes no person, else an error.
 func TestAHomeIsReplaced(t *testing.T) {
 	for name, person := range map[string]bool{"silently": false, "not with a password": true} {
