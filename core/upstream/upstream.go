@@ -284,6 +284,7 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 		a := m.Algorithms()
 		login.negotiated(a)
 		info.Kex, info.Cipher = a.KeyExchange, a.Write.Cipher
+		t.Join(a.Write.Cipher)
 		info.PostQuantum = postQuantum(a.KeyExchange)
 	}
 	via := remote
@@ -335,7 +336,7 @@ func (d *dialing) explain(t *transport, login *login, hostKeyErr, err error) err
 		if said := t.preamble(); said != "" {
 			e.Msg += `; it said "` + use.Printable(said) + `"`
 		}
-		if p, ok := t.Conn.(*proxyConn); ok {
+		if p, ok := t.raw.(*proxyConn); ok {
 			e.Msg = p.failure()
 		}
 	case t.failure() != nil && login.started:
