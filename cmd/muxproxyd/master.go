@@ -73,7 +73,7 @@ in it, no secrets.`,
 // runMaster is the daemon. Whoever waits for it (bridge.StartMaster, systemd) is told by sd_notify(3) when it is ready or
 // why it can't be. Errors go to the log, as all that it says.
 func runMaster(ctx context.Context, a *app) error {
-	err := harden.Process() // before anything can be stolen
+	err := harden.Process()       // before anything can be stolen
 	signal.Ignore(syscall.SIGHUP) // of the terminal that it may have been started on
 	log := zerolog.New(a.stderr).Level(zerolog.InfoLevel).With().Timestamp().Logger()
 	if a.getenv("MUXPROXY_DEBUG") == "1" {
