@@ -18,6 +18,8 @@ func helper(name string, args []string) int {
 		return attack(args)
 	case "trace":
 		return trace(args)
+	case "xclient":
+		return xclient(args)
 	}
 	fmt.Fprintf(os.Stderr, "no helper %q %q\n", name, args)
 	return 2

@@ -352,14 +352,19 @@ type status struct {
 		State    string `json:"state"`
 		Clients  int    `json:"clients"`
 		Channels int    `json:"channels"`
+		In       int64  `json:"in"`
+		Sessions int    `json:"sessions"`
+		Most     int    `json:"max_sessions"`
+		Suspect  bool   `json:"suspect"`
 	} `json:"upstreams"`
 	Clients []struct {
 		ID       uint64 `json:"id"`
 		Target   string `json:"target"`
 		Mode     string `json:"mode"`
 		Channels []struct {
-			Kind   string `json:"kind"`
-			Detail string `json:"detail"`
+			Kind     string `json:"kind"`
+			Upstream uint64 `json:"upstream"`
+			Detail   string `json:"detail"`
 		} `json:"channels"`
 	} `json:"clients"`
 }

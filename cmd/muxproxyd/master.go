@@ -74,7 +74,7 @@ in it, no secrets.`,
 // runMaster is the daemon. Whoever waits for it (bridge.StartMaster, systemd) is told by sd_notify(3) when it is ready or
 // why it can't be. Errors go to the log, as all that it says.
 func runMaster(ctx context.Context, a *app) error {
-	err := harden.Process()       // before anything can be stolen
+	err := harden.Process() // before anything can be stolen
 	// Never touched, so it takes no memory; but the garbage collector counts it, and runs half as often while the heap is as
 	// small as a master's. Every packet is an allocation in x/crypto/ssh. More would put off what is memory until then.
 	ballast := make([]byte, 4<<20)

@@ -43,8 +43,10 @@ const (
 	laneTime = 3 * time.Second
 	// slotTime is how long a session waits until one of those that the server allows at a time has ended.
 	slotTime = time.Minute
-	// sayAfter is how long it waits before its person is told.
-	sayAfter = time.Second
+	// sayAfter is how long it waits before its person is told: a login on the way is not worth a word.
+	sayAfter = laneTime
+	// lookEvery is how often a session that waits looks by itself.
+	lookEvery = time.Second
 	// growPause is how long after a failed silent login the next may be tried.
 	growPause = 30 * time.Second
 	// maxGrowing bounds the logins under way for one lane: sshd drops some beyond ten (MaxStartups).
@@ -143,7 +145,6 @@ func (l *Lease) laneKey(lane Lane) laneKey {
 
 // growth is what is under way to give a lane another upstream, without a person.
 type growth struct {
-	key     laneKey
 	dials   int       // under way
 	waiting int       // sessions that wait for room
 	failed  time.Time // of the last that failed
@@ -156,6 +157,9 @@ var errNoSlot = errors.New("no free session")
 // is one. Without an upstream, wait is closed when there may be one. Pool.mu is held.
 func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *opening, wait <-chan struct{}, err error) {
 	p := l.pool
+	if l.gone {
+		return nil, nil, nil, errGone
+	}
 	l.convertLocked(lane)
 	var best *upstream
 	var shared, full []*upstream
@@ -196,6 +200,8 @@ func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *op
 			return nil, nil, p.wake, nil
 		case lane.Agent != "":
 			return nil, nil, nil, errNoAgentLane
+		case l.home != nil && l.home.lane.Agent != "" && !l.home.conn.Down():
+			return nil, nil, nil, errAgentLane
 		default:
 			return nil, nil, nil, l.reasonLocked()
 		}
@@ -207,6 +213,10 @@ func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *op
 // errNoAgentLane says that forwarding the agent needs a connection of its own, which can't be had without a person.
 var errNoAgentLane = errors.New("agent forwarding needs a login of its own, and nobody can be asked for that now; " +
 	"put ForwardAgent yes into ssh_config or -A on the command line, or set MUXPROXY_BYPASS=1")
+
+// errAgentLane says the opposite.
+var errAgentLane = errors.New("a session without agent forwarding needs a login of its own beside one with it, and nobody " +
+	"can be asked for that now; open it by another ssh, or set MUXPROXY_BYPASS=1")
 
 // convertLocked gives the client's own connection to the lane, if nothing else is on it: it need not dial another.
 func (l *Lease) convertLocked(lane Lane) {
@@ -240,16 +250,18 @@ func (l *Lease) rank(u *upstream) int {
 func (p *Pool) growthLocked(k laneKey) *growth {
 	g := p.growths[k]
 	if g == nil {
-		g = &growth{key: k}
+		g = &growth{}
 		p.growths[k] = g
 	}
 	return g
 }
 
-// forgetLocked drops g once it says nothing any more.
-func (p *Pool) forgetLocked(g *growth) {
-	if g.dials == 0 && g.waiting == 0 && time.Since(g.failed) > growPause && p.growths[g.key] == g {
-		delete(p.growths, g.key)
+// dropGrowthsLocked forgets those that tell nothing any more: lanes come and go with agents and clients.
+func (p *Pool) dropGrowthsLocked() {
+	for k, g := range p.growths {
+		if g.dials == 0 && g.waiting == 0 && time.Since(g.failed) > growPause {
+			delete(p.growths, k)
+		}
 	}
 }
 
@@ -299,7 +311,7 @@ func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
 	} else {
 		g.failed = time.Now()
 	}
-	p.forgetLocked(g)
+	p.dropGrowthsLocked()
 	p.wakeLocked()
 	p.mu.Unlock()
 	if err != nil {
