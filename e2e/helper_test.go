@@ -12,6 +12,12 @@ func helper(name string, args []string) int {
 	switch name {
 	case "knock":
 		return knock(args)
+	case "victim":
+		return victim()
+	case "attack":
+		return attack(args)
+	case "trace":
+		return trace(args)
 	case "xclient":
 		return xclient(args)
 	}
