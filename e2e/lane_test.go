@@ -379,7 +379,7 @@ func TestTheShellOutlivesTheCopysConnection(t *testing.T) {
 		first := w.link.snapshot()[0]
 		sftp := w.sshStart("-s", "box", "sftp")
 		sftp.send("\x00\x00\x00\x05\x01\x00\x00\x00\x03") // SSH_FXP_INIT
-		sftp.expect("\x02\x00\x00\x00\x03")                   // SSH_FXP_VERSION
+		sftp.expect("\x02\x00\x00\x00\x03")               // SSH_FXP_VERSION
 		for _, p := range w.link.snapshot() {
 			if p != first {
 				p.end()
