@@ -79,8 +79,11 @@ type world struct {
 	link   *link.Link // or nil
 	master int        // pid of muxproxy's
 
-	mu    sync.Mutex // guards procs
+	mu    sync.Mutex // guards what follows
 	procs []*proc
+	// held are the sessions that stay: nothing else may refer to them, and a file that is not referred to is closed,
+	// which ends the session.
+	held []*session
 }
 
 // newWorld makes a world with nobody logged in. The caller closes it.
@@ -431,9 +434,20 @@ func (w *world) hold(ctx context.Context, by way) (*session, error) {
 		}
 		// Without it, an ssh would log in on its own and say nothing.
 		_, err = w.finish(ctx, w.ssh(by, "-O", "check", "box"))
+		w.keep(s)
 		return s, err
 	}
-	return w.open(ctx, by, "box", "echo ready; exec cat")
+	s, err := w.open(ctx, by, "box", "echo ready; exec cat")
+	if err == nil {
+		w.keep(s)
+	}
+	return s, err
+}
+
+func (w *world) keep(s *session) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.held = append(w.held, s)
 }
 
 // holdAll is hold for several ways.
