@@ -237,7 +237,7 @@ func TestViaIsAsProxyJump(t *testing.T) {
 		}
 		want(t, w.noTTY(conf, "hop3", whichKey).wait(2*patience), 0, "by hop3\n")
 		h.count(1, 1, 1)
-		w.reload(fmt.Sprintf("host \"127.0.0.1\" {\n  via = []\n}\n"))
+		w.reload("host \"127.0.0.1\" {\n  via = []\n}\n")
 		want(t, w.noTTY(conf, "hop3", whichKey).wait(2*patience), 0, "by hop3\n")
 		h.count(1, 1, 2) // without a jump host it is another connection
 		w.reload("host \"127.0.0.1\" {\n  via = [\"a,b\"]\n}\n")
