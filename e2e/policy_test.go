@@ -110,7 +110,7 @@ func TestADenialSaysWhy(t *testing.T) {
 		}
 		c.Close()
 		p.expectErr("denied by policy: no local-forward here")
-		p.signal(syscall.SIGTERM)
+		p.signal(syscall.SIGKILL) // a SIGTERM just before its poll(2) would wait for something to happen
 		p.wait(patience)
 
 		w.reload(denyAll("remote-forward", "agent", "x11"))
@@ -165,7 +165,7 @@ func TestAnAliasMustLeadToTheHost(t *testing.T) {
 }
 host "box" {
   deny {
-    when   = use.command != "echo box"
+    when   = use.kind == "exec" && use.command != "echo box"
     reason = "box only"
   }
 }
@@ -311,7 +311,7 @@ func TestAConditionOnTheEnvironment(t *testing.T) {
 			t.Error("after a reload OTHER=1 is not what decides")
 		}
 		for _, p := range []*proc{ci, other} {
-			p.signal(syscall.SIGTERM)
+			p.signal(syscall.SIGKILL)
 			p.wait(patience)
 		}
 	})
@@ -414,6 +414,16 @@ func TestTheLock(t *testing.T) {
 		return
 	}
 	forEach(t, func(t *testing.T, w *world) {
+		w.newKey("key")
+		agent := append([]string{"SSH_AUTH_SOCK=" + w.agentWith("agent.sock", "key")}, w.env...)
+		remoteShell := w.start(spec{args: w.sshArgs("-A", "-o", "IdentityAgent=SSH_AUTH_SOCK", "-o", "IdentitiesOnly=yes", "box", "sh"), env: agent})
+		askAgent := func(status string) {
+			t.Helper()
+			remoteShell.send("ssh-add -l >/dev/null 2>&1; echo status $?.\n")
+			remoteShell.expect("status " + status + ".")
+		}
+		askAgent("0")
+
 		port, remote := freePort(t), freePort(t)
 		echo := echoServer(t)
 		p := w.sshStart("-L", fmt.Sprintf("127.0.0.1:%d:%s", port, echo), "-R", fmt.Sprintf("127.0.0.1:%d:%s", remote, echo), "box", "cat")
@@ -443,6 +453,8 @@ func TestTheLock(t *testing.T) {
 		denied()
 		refused("-L", port)
 		refused("-R", remote)
+		askAgent("1") // no connection to it, so it signs nothing
+		w.audited("deny agent lock")
 		w.audited("deny local-forward lock")
 		w.audited("deny remote-forward lock")
 		p.echo("goes on")
@@ -456,6 +468,8 @@ func TestTheLock(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		exchange(t, loopback(remote), "after")
+		askAgent("0")
+		remoteShell.release()
 		want(t, w.ssh("box", "echo hi"), 0, "hi\n")
 		eventually(t, "the edited file is in force", func() bool { return w.ssh("box").status == 255 })
 

@@ -245,6 +245,7 @@ func (m *Master) drain() {
 	}
 	m.mu.Unlock()
 	m.closeListeners()
+	m.lock.Share()
 	m.giveUp()
 	go func() { // ends with the last client, which ends with Run
 		<-idle

@@ -309,11 +309,10 @@ func (m *Master) follow(ctx context.Context) {
 			stop = m.watchSession(ctx, on)
 		}
 		var look <-chan time.Time
-		if after := mp.ExitWhenIdle; after >= 0 {
+		if after := mp.ExitWhenIdle; after >= 0 && !m.draining.Load() {
 			if idle.look(m) >= after {
 				m.log.Info().Dur("after", after).Msg("idle for as long as policy allows")
 				m.drain()
-				return
 			}
 			look = time.After(max(10*time.Millisecond, min(after/10, idleLook)))
 		}

@@ -49,11 +49,12 @@ var ErrPassphrase = errors.New("that is not the passphrase it was locked with")
 // hash. The lock is no protection from programs of the same user that end the master and remove the file: they end the
 // shared connections with it.
 //
-// All methods may be called by many goroutines.
+// All methods may be called by many goroutines, but OnChange.
 type Lock struct {
 	path string
 
-	now atomic.Pointer[lockData] // what holds; never nil, and never changed once it is there
+	now    atomic.Pointer[lockData] // what holds; never nil, and never changed once it is there
+	shared atomic.Bool              // the file is another master's
 
 	mu      sync.Mutex // guards changes of now, and the file
 	trying  chan struct{}
@@ -132,9 +133,36 @@ func readLock(path string) (*lockData, error) {
 // OnChange has f called after each change, by the goroutine that made it. It is called before the lock is used.
 func (l *Lock) OnChange(f func()) { l.changed = f }
 
+// Share leaves the file to another master: this one drains, and people lock that one. From now on what the file says
+// locks, besides what LockSession does, which is not written any more.
+func (l *Lock) Share() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	next := l.now.Load().copy()
+	next.Person = nil
+	l.shared.Store(true) // first, so that a lock by a person does not open in between
+	l.now.Store(next)
+}
+
+// holds is what holds at this moment.
+func (l *Lock) holds() *lockData {
+	if !l.shared.Load() {
+		return l.now.Load()
+	}
+	theirs, err := readLock(l.path)
+	if err != nil {
+		return &lockData{Person: &personLock{Since: time.Now()}}
+	}
+	both := theirs.copy()
+	for by, since := range l.now.Load().Session {
+		both.Session[by] = since
+	}
+	return both
+}
+
 // State tells what holds.
 func (l *Lock) State() LockState {
-	s := l.now.Load()
+	s := l.holds()
 	out := LockState{Locked: s.locked(), Passphrase: s.Person != nil && s.Person.Hash != ""}
 	note := func(by string, since time.Time) {
 		out.By = append(out.By, by)
@@ -265,6 +293,9 @@ func (l *Lock) change(locks bool, edit func(*lockData) error) error {
 }
 
 func (l *Lock) save(s *lockData) error {
+	if l.shared.Load() {
+		return nil
+	}
 	if !s.locked() {
 		if err := os.Remove(l.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -291,8 +322,11 @@ func (l *Lock) save(s *lockData) error {
 
 // denied is the lock's word about a use; nil: it may go on.
 func (l *Lock) denied(u Use) *Denied {
-	s := l.now.Load()
-	if !s.locked() || TakesAway(u) {
+	if TakesAway(u) {
+		return nil
+	}
+	s := l.holds()
+	if !s.locked() {
 		return nil
 	}
 	d := &Denied{By: "lock"}

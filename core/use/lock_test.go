@@ -296,3 +296,33 @@ func TestLockTellsOfChanges(t *testing.T) {
 		t.Errorf("%d changes, want 3", n)
 	}
 }
+
+// A master that drains is locked with the one that lives, which has the file.
+func TestLockOfADrainingMaster(t *testing.T) {
+	old, path := openLock(t)
+	g := old.NewGate(nil)
+	locked := func(want bool) {
+		t.Helper()
+		if _, denied := g.Decide(t.Context(), someUse(use.Shell), nil); (denied != nil) != want || old.State().Locked != want {
+			t.Fatalf("%v, %+v, want locked %v", denied, old.State(), want)
+		}
+	}
+	must(t, old.Lock(nil))
+	old.Share()
+	locked(true)
+	living := again(t, path)
+	must(t, living.Unlock(t.Context(), nil))
+	locked(false)
+	must(t, living.Lock([]byte("x")))
+	locked(true)
+	must(t, old.LockSession(use.LockedByScreen)) // both see it; only one writes
+	if by := again(t, path).State().By; !slices.Equal(by, []string{"person"}) {
+		t.Errorf("it wrote %q", by)
+	}
+	must(t, living.Unlock(t.Context(), []byte("x")))
+	locked(true)
+	must(t, old.UnlockSession(use.LockedByScreen))
+	locked(false)
+	must(t, os.WriteFile(path, []byte("?"), 0o600))
+	locked(true)
+}
