@@ -333,6 +333,10 @@ func (r *Resolved) expand(names Names) (relative bool, err error) {
 		names.Jump = jump
 	}
 	names.User, names.Host, names.Port = r.Get("user"), r.Get("hostname"), r.Get("port")
+	// Two names of one host and port can be two machines to a ProxyCommand. User, host and port are in the key anyway.
+	if command := r.Get("proxycommand"); command != "" {
+		r.Options["proxycommand"] = []string{names.named(command)}
+	}
 	absolute := func(path string) (string, error) {
 		if !filepath.IsAbs(path) {
 			relative = true

@@ -149,6 +149,24 @@ Host *.corp
 	if got, err := r.ExpandProxyCommand(names); err != nil || got != "nc -X 5 x.corp 22" {
 		t.Errorf("got %q, %v", got, err)
 	}
+	// How the host was named is part of the key, where it can matter.
+	if k := e.ok(Request{User: "bob", Host: "x.corp", Port: 22, Alias: "y.corp"}).Key(); k != r.Key() {
+		t.Error("another name of the same host is not shared")
+	}
+	text, err = os.ReadFile(filepath.Join(home, ".ssh/config"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.config(strings.Replace(string(text), "-X 5 %h", "%%n %n %k %h", 1))
+	named := e.ok(Request{User: "bob", Host: "x.corp", Port: 22, Alias: "a%h.corp"})
+	want(t, named, "proxycommand", "nc %%n a%%h.corp a%%h.corp %h %p")
+	if got, err := named.ExpandProxyCommand(names); err != nil || got != "nc %n a%h.corp a%h.corp x.corp 22" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if k := e.ok(Request{User: "bob", Host: "x.corp", Port: 22, Alias: "b.corp"}).Key(); k == named.Key() {
+		t.Error("two names share a connection, although the ProxyCommand goes by the name")
+	}
+	e.config(string(text))
 	for _, bad := range []Names{
 		{User: "bob", Host: "x;id", Alias: "x"}, {User: "a b", Host: "x", Alias: "x"}, {User: "$(id)", Host: "x", Alias: "x"},
 		{User: "-x", Host: "x", Alias: "x"}, {User: `a\`, Host: "x", Alias: "x"}, {User: "a", Host: "x", Alias: "`id`"},
