@@ -249,6 +249,23 @@ func TestTwoAliasesHaveTheRightsOfTheirKeys(t *testing.T) {
 	})
 }
 
+// Who offers no key has not the rights of one: they are often restricted where a password's are not.
+func TestAClientWithoutKeysDoesNotRideAKeysConnection(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		first := w.hold()
+		for _, option := range []string{"PubkeyAuthentication=no", "PreferredAuthentications=password,keyboard-interactive"} {
+			want(t, w.ssh("-o", option, "box", "echo in"), 255, "")
+		}
+		// Ansible's defaults ride on what a person has logged in.
+		want(t, w.ssh("-oPasswordAuthentication=no", "-oKbdInteractiveAuthentication=no",
+			"-oPreferredAuthentications=gssapi-with-mic,gssapi-keyex,hostbased,publickey", "box", "echo in"), 0, "in\n")
+		if first.echo("still here"); w.mode != plain {
+			w.connections(3) // two of them were turned down
+		}
+		first.release()
+	})
+}
+
 func TestIPv6(t *testing.T) {
 	forEach(t, func(t *testing.T, w *world) {
 		port := w.sshdAlso("::1")

@@ -392,6 +392,17 @@ func (r *Resolved) expand(names Names) (relative bool, err error) {
 	return relative, nil
 }
 
+// offersKeys reports whether ssh would try publickey. Without it a user often has other rights than a key whose line in
+// authorized_keys restricts it.
+func (r *Resolved) offersKeys() bool {
+	switch strings.ToLower(r.Get("pubkeyauthentication")) {
+	case "no", "false":
+		return false
+	}
+	preferred := r.Get("preferredauthentications")
+	return preferred == "" || slices.Contains(strings.Split(preferred, ","), "publickey")
+}
+
 // sharingKey are the options that two clients must agree on to share a connection: where it leads, how it gets there,
 // who logs in with what, and how carefully the host is checked.
 var sharingKey = []string{
@@ -403,9 +414,12 @@ var sharingKey = []string{
 	"ciphers", "kexalgorithms", "macs", "hostkeyalgorithms",
 }
 
-// Key is the same for two answers exactly if their clients may share a connection, as far as ssh_config decides it.
+// Key is the same for two answers exactly if their clients may share a connection, as far as ssh_config decides it. What
+// only says how a person may be asked is not part of it: BatchMode and PasswordAuthentication no (Ansible's default) are for
+// those who want to ride on what a person has logged in.
 func (r *Resolved) Key() string {
 	h := sha256.New()
+	fmt.Fprintf(h, "%t\n", r.offersKeys())
 	for _, k := range sharingKey {
 		for _, v := range r.Options[k] {
 			// Lengths, so that no value can pose as two.

@@ -477,7 +477,9 @@ func TestKey(t *testing.T) {
 	}
 	k := e.file("k", "") // ssh drops a -i that it can't find
 	base := key("h")
-	for _, same := range [][]string{{"-v", "h"}, {"-L", "1:x:1", "h"}, {"-A", "h"}, {"-o", "SendEnv=X", "h", "true"}, {"ssh://h:22"}} {
+	for _, same := range [][]string{{"-v", "h"}, {"-L", "1:x:1", "h"}, {"-A", "h"}, {"-o", "SendEnv=X", "h", "true"}, {"ssh://h:22"},
+		{"-o", "BatchMode=yes", "h"}, {"-o", "PasswordAuthentication=no", "-o", "PreferredAuthentications=hostbased,publickey", "h"},
+		{"-o", "PubkeyAuthentication=unbound", "h"}} {
 		if key(same...) != base {
 			t.Errorf("%q has a key of its own", same)
 		}
@@ -487,12 +489,15 @@ func TestKey(t *testing.T) {
 		{"h2"}, {"-p", "23", "h"}, {"somebody-else@h"}, {"-i", k, "h"}, {"-o", "IdentitiesOnly=yes", "h"}, {"-o", "IdentityAgent=none", "h"},
 		{"-o", "StrictHostKeyChecking=no", "h"}, {"-o", "StrictHostKeyChecking=yes", "h"}, {"-o", "UserKnownHostsFile=/dev/null", "h"},
 		{"-o", "HostKeyAlias=x", "h"}, {"-c", "aes128-ctr", "h"}, {"-4", "h"}, {"-J", "j", "h"}, {"-b", "127.0.0.1", "h"},
-		{"-o", "ProxyCommand=nc %h %p", "h"}, {"-o", "RevokedHostKeys=/x", "h"},
+		{"-o", "ProxyCommand=nc %h %p", "h"}, {"-o", "RevokedHostKeys=/x", "h"}, {"-o", "PubkeyAuthentication=no", "h"},
 	} {
 		k := key(other...)
 		if was := seen[k]; was != nil {
 			t.Errorf("%q and %q share a key", other, was)
 		}
 		seen[k] = other
+	}
+	if key("-o", "PreferredAuthentications=password", "h") != key("-o", "PubkeyAuthentication=no", "h") {
+		t.Error("two ways to offer no key are told apart")
 	}
 }
