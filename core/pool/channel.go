@@ -52,7 +52,9 @@ func (c *Channel) ended() {
 	u.channels.Add(-1)
 	u.pool.mu.Lock()
 	defer u.pool.mu.Unlock()
-	c.closed.Store(time.Now().UnixNano())
+	now := time.Now().UnixNano()
+	c.closed.Store(now)
+	u.lastEnd.Store(now)
 	if l := c.lease.Load(); l != nil {
 		l.unholdLocked(u)
 	}

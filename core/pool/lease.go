@@ -60,6 +60,8 @@ func (p *Pool) newLeaseLocked(u *upstream, k flightKey, spec Spec, by use.Use) *
 	return l
 }
 
+var errGone = errors.New("the client is gone")
+
 // Watch has lost called, in a goroutine of its own, for each upstream of the lease that has ended or will, until the
 // lease is released. It may be called once.
 func (l *Lease) Watch(lost func(Loss)) {
@@ -91,8 +93,11 @@ func (l *Lease) lostLocked(u *upstream) {
 	}
 }
 
-// holdLocked counts a channel or forward of the lease on u.
+// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go.
 func (l *Lease) holdLocked(u *upstream) {
+	if l.gone {
+		return
+	}
 	l.holds[u]++
 	u.leases[l] = struct{}{}
 }
@@ -177,18 +182,25 @@ func (l *Lease) homeNow(ctx context.Context) (*upstream, error) {
 
 func (l *Lease) homeLocked(waited time.Duration) (*upstream, <-chan struct{}, error) {
 	p := l.pool
+	if l.gone {
+		return nil, nil, errGone
+	}
 	if l.home != nil {
 		return l.home, nil, nil // also when it is down: its loss is on its way
 	}
 	lane := Lane{Agent: l.key.lane}
+	var best *upstream
 	for _, u := range p.ups {
-		if l.mayUseLocked(u) && u.lane.Agent == lane.Agent {
-			l.setHomeLocked(u)
-			return u, nil, nil
+		if l.mayUseLocked(u) && u.lane.Agent == lane.Agent && (best == nil || u.lane.Class < best.lane.Class) {
+			best = u
 		}
 	}
+	if best != nil {
+		l.setHomeLocked(best)
+		return best, nil, nil
+	}
 	g := p.growths[l.laneKey(lane)]
-	if !l.silent || l.gone || waited > slotTime || g != nil && time.Since(g.failed) < growPause {
+	if !l.silent || waited > slotTime || g != nil && time.Since(g.failed) < growPause {
 		return nil, nil, errLost
 	}
 	return nil, p.growLocked(l, lane), nil

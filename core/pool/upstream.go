@@ -23,6 +23,7 @@ type upstream struct {
 	dead    chan struct{} // closed when the connection has ended and the upstream has left the list
 
 	channels atomic.Int64
+	lastEnd  atomic.Int64 // when the last one that has ended did, in Unix nanoseconds
 	in, out  atomic.Int64
 	// keepalives are channel keepalives of the server's to be answered. They don't wait for a client: one that is
 	// stopped would let the server give the whole connection up.
@@ -37,7 +38,7 @@ type upstream struct {
 	agents   map[*Channel]*agentOwner // of the sessions that forward their client's agent
 	agentReq *agentReq                // the one that the server honours; nil: not asked yet
 	probing  *probe                   // under way
-	suspect  time.Time                // when a probe failed; a sign of life after that counts again
+	suspect  time.Time                // LastHeard when a probe failed, until it changes
 	draining bool
 	reason   error  // why we closed it, for its clients
 	idle     uint64 // counts the times that the last client left; a decision about an older idle is void
@@ -208,6 +209,7 @@ const (
 // release is called when the last client has left: it asks how long the upstream stays, and closes it when that is
 // over and nobody came. One beside others of its target stays for their clients, but not beyond them.
 func (u *upstream) release(idle uint64) {
+	lingered := false
 	for {
 		u.pool.mu.Lock()
 		info := u.infoLocked()
@@ -216,8 +218,9 @@ func (u *upstream) release(idle uint64) {
 		wait := time.Duration(0)
 		switch {
 		case info.State != Up || u.conn.Down():
-		case quiet != nil:
+		case quiet != nil && !(extra && lingered):
 			wait = lingerTime
+			lingered = true
 		case !extra:
 			ctx, cancel := context.WithTimeout(u.pool.ctx, 10*time.Second)
 			wait = time.Until(u.pool.retainer.Retain(ctx, info))
@@ -241,9 +244,6 @@ func (u *upstream) release(idle uint64) {
 		if !u.stillIdle(idle) {
 			return
 		}
-		if quiet != nil && extra {
-			break
-		}
 	}
 	u.pool.mu.Lock()
 	if len(u.leases) > 0 || u.idle != idle {
@@ -254,6 +254,19 @@ func (u *upstream) release(idle uint64) {
 	u.draining = true
 	u.pool.ups = slices.DeleteFunc(u.pool.ups, func(o *upstream) bool { return o == u })
 	u.pool.mu.Unlock()
+	u.closeIdle()
+}
+
+// closeIdle closes the connection, but not so soon after its last channel has ended that this would look like the reason
+// (Channel.ClosedInOrder): the client may be on other upstreams, and still has to be told.
+func (u *upstream) closeIdle() {
+	t := time.NewTimer(time.Until(time.Unix(0, u.lastEnd.Load()).Add(2 * overGrace)))
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-u.dead:
+	case <-u.pool.ctx.Done():
+	}
 	u.conn.Close()
 }
 
