@@ -101,7 +101,7 @@ func resolve(ctx context.Context, req Request, names Names, system string) (*Res
 		r.Set = append(r.Set, k)
 	}
 	slices.Sort(r.Set)
-	if !canonicalized(r, req.Host) {
+	if !canonicalized(r, req) {
 		if req.User != "" {
 			options["user"] = []string{req.User}
 		}
@@ -122,11 +122,15 @@ func resolve(ctx context.Context, req Request, names Names, system string) (*Res
 
 // canonicalized reports whether the answer is about another name than the asking ssh gave, because that one did not
 // look for the canonical name: with a ProxyCommand it does so only for CanonicalizeHostname always. Lines for the
-// canonical name count in the answer and may set User and Port too.
-func canonicalized(r *Resolved, host string) bool {
+// canonical name count in the answer and may set User and Port too. Without an ssh, or with another alias than its
+// destination, the host need not be what the answer makes of the alias: then it stays as asked for.
+func canonicalized(r *Resolved, req Request) bool {
+	if req.Host == "" || req.Args.Destination == "" || req.Args.Host() != req.Alias {
+		return false
+	}
 	switch r.Get("canonicalizehostname") {
 	case "yes", "true":
-		return host != "" && !strings.EqualFold(strings.Trim(host, "[]"), strings.Trim(r.Get("hostname"), "[]"))
+		return !strings.EqualFold(strings.Trim(req.Host, "[]"), strings.Trim(r.Get("hostname"), "[]"))
 	}
 	return false
 }

@@ -176,7 +176,20 @@ Host *.corp
 		}
 	}
 
-	// The request wins over the answer.
+	// The request wins over the answer, unless ssh has left the canonical name of its destination to us.
+	const canonical = "CanonicalizeHostname=yes"
+	for _, tc := range []struct {
+		req  Request
+		want string
+	}{
+		{Request{Args: args(t, "-o", canonical, "-o", "HostName=127.0.0.1", "web"), Alias: "web"}, "127.0.0.1"},
+		{Request{Args: args(t, "-o", canonical, "-o", "HostName=127.0.0.1", "web"), Alias: "db"}, "elsewhere"},
+		{Request{Args: Args{Options: []string{"-o", canonical, "-o", "HostName=127.0.0.1"}}, Alias: "web"}, "elsewhere"},
+		{Request{Args: args(t, "-o", "HostName=127.0.0.1", "web"), Alias: "web"}, "elsewhere"},
+	} {
+		tc.req.User, tc.req.Host, tc.req.Port = "carol", "elsewhere", 99
+		want(t, e.ok(tc.req), "hostname", tc.want)
+	}
 	r = e.ok(Request{User: "carol", Host: "elsewhere", Port: 99, Alias: "web"})
 	want(t, r, "user", "carol")
 	want(t, r, "hostname", "elsewhere")
