@@ -345,6 +345,33 @@ func TestARelativeConfigurationIsOfSSHsDirectory(t *testing.T) {
 	})
 }
 
+// What ssh_config says now decides for the next client, also while a connection by its old words lives.
+func TestAChangedConfigurationCountsAtOnce(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		_, key := w.newKey("second")
+		w.write("right", "IdentityFile "+w.path("id")+"\n")
+		w.write("wrong", "IdentityFile "+w.path("second")+"\n")
+		included := w.write("included", w.read("right"))
+		conf := w.interactive("changed.conf", w.sshd, "BatchMode yes\nInclude "+included+"\nIdentityFile none")
+		run := func(status int, stdout string) {
+			t.Helper()
+			want(t, w.noTTY(conf, "box", "echo in").wait(patience), status, stdout)
+		}
+		first := w.start(spec{args: []string{"ssh", "-F", conf, "box", "cat"}})
+		first.echo("held")
+		run(in, "in\n")
+		run(in, "in\n")
+		w.write("included", w.read("wrong"))
+		run(out, "")
+		w.allow(key)
+		run(in, "in\n")
+		w.write("included", w.read("right"))
+		run(in, "in\n")
+		first.echo("still here")
+		first.release()
+	})
+}
+
 // A server that wants the password changed can't be served: x/crypto/ssh takes no SSH_MSG_USERAUTH_PASSWD_CHANGEREQ
 // (RFC 4252 section 8). Without sharing, ssh does it.
 func TestAPasswordThatHasToBeChanged(t *testing.T) {
