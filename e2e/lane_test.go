@@ -260,8 +260,8 @@ func pause(t testing.TB, pid int) {
 	}
 }
 
-// backWithin is how soon after the network has come back an ssh has to work.
-const backWithin = 3 * time.Second
+// backWithin is how soon after the network has come back an ssh has to work, on a machine that is as busy as this one now.
+func (w *world) backWithin() time.Duration { return 3*time.Second + 5*w.plainSSH("box", "true").took }
 
 // The machine slept, and the network is not back yet. Nobody new uses the connection until it gives a sign of life, and
 // what is on it goes on then.
@@ -275,7 +275,8 @@ func TestASuspendedMachineAndADeadLink(t *testing.T) {
 		for i := range content {
 			content[i] = byte(i * i >> 8)
 		}
-		copied := w.sshStart("box", "sha256sum")
+		copied := w.sshStart("box", "echo ready; sha256sum")
+		copied.expect("ready\n")
 		half := make(chan error, 1)
 		w.link.stall(true)
 		go func() { // more than fits on the way
@@ -299,7 +300,7 @@ func TestASuspendedMachineAndADeadLink(t *testing.T) {
 		began := time.Now()
 		w.link.stall(false)
 		next := w.ssh("box", "echo next")
-		if took := time.Since(began); next.out != "next\n" || took > backWithin {
+		if took := time.Since(began); next.out != "next\n" || took > w.backWithin() {
 			t.Errorf("the next ssh: %q, %q after %s", next.out, next.err, took)
 		}
 		want(t, meanwhile.wait(patience), 0, "meanwhile\n")
@@ -308,7 +309,7 @@ func TestASuspendedMachineAndADeadLink(t *testing.T) {
 			t.Error(err)
 		}
 		copied.in.Close()
-		want(t, copied.wait(patience), 0, fmt.Sprintf("%x  -\n", sha256.Sum256(content)))
+		want(t, copied.wait(patience), 0, fmt.Sprintf("ready\n%x  -\n", sha256.Sum256(content)))
 		shell.release()
 	})
 }
@@ -330,7 +331,7 @@ func TestASuspendedMachineAndAResetConnection(t *testing.T) {
 		}
 		began := time.Now()
 		want(t, w.ssh("box", "echo next"), 0, "next\n")
-		if took := time.Since(began); took > backWithin {
+		if took := time.Since(began); took > w.backWithin() {
 			t.Errorf("it took %s", took)
 		}
 		if r := shell.wait(patience); r.status != 255 || !strings.Contains(r.err, "connection reset by peer") {
@@ -365,5 +366,29 @@ func TestACopyOutlivesTheShellsConnection(t *testing.T) {
 		sftp.release()
 		w.same("there", sum)
 		want(t, w.ssh("box", "echo next"), 0, "next\n")
+	})
+}
+
+// The other way round, the copy is cut, and never looks complete; the shell goes on.
+func TestTheShellOutlivesTheCopysConnection(t *testing.T) {
+	forPipes(t, func(t *testing.T, w *world) {
+		if !muxproxyOnly(t) {
+			return
+		}
+		shell := w.hold()
+		first := w.link.snapshot()[0]
+		sftp := w.sshStart("-s", "box", "sftp")
+		sftp.send("\x00\x00\x00\x05\x01\x00\x00\x00\x03") // SSH_FXP_INIT
+		sftp.expect("\x02\x00\x00\x00\x03")               // SSH_FXP_VERSION
+		for _, p := range w.link.snapshot() {
+			if p != first {
+				p.end()
+			}
+		}
+		if r := sftp.wait(patience); r.status != 255 || !strings.Contains(r.err, "connection reset by peer") {
+			t.Errorf("sftp ended with %d: %q", r.status, r.err)
+		}
+		shell.echo("still")
+		shell.release()
 	})
 }

@@ -52,11 +52,9 @@ func (c *Channel) ended() {
 	u.channels.Add(-1)
 	u.pool.mu.Lock()
 	defer u.pool.mu.Unlock()
-	now := time.Now().UnixNano()
-	c.closed.Store(now)
-	u.lastEnd.Store(now)
+	c.closed.Store(time.Now().UnixNano())
 	if l := c.lease.Load(); l != nil {
-		l.unholdLocked(u)
+		l.unholdSoonLocked(u)
 	}
 	delete(u.agents, c)
 	delete(u.cookies, c)

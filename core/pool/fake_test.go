@@ -111,6 +111,8 @@ type farmConn struct {
 	ask    atomic.Bool  // the last probe had something to ask by
 	last   atomic.Int64 // LastHeard, if set
 
+	over atomic.Int64 // Over, if set
+
 	mu       sync.Mutex // guards what follows
 	max      int
 	zombies  int // sessions that count for the server though their channel is closed
@@ -131,6 +133,13 @@ func (c *farmConn) LastHeard() time.Time {
 	return time.Now()
 }
 
+func (c *farmConn) Over() time.Time {
+	if ns := c.over.Load(); ns != 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
+}
+
 func (c *farmConn) Probe(ctx context.Context, ask func()) error {
 	c.probes.Add(1)
 	c.ask.Store(ask != nil)
@@ -147,6 +156,7 @@ func (c *farmConn) Probe(ctx context.Context, ask func()) error {
 func (c *farmConn) Close() error { c.end(nil); return nil }
 
 func (c *farmConn) end(cause error) {
+	c.over.CompareAndSwap(0, time.Now().UnixNano())
 	c.fakeConn.end(cause)
 	c.mu.Lock()
 	defer c.mu.Unlock()

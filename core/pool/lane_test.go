@@ -720,6 +720,28 @@ func TestALostConnectionHurtsOnlyItsOwn(t *testing.T) {
 	})
 }
 
+// One that is not the client's home is its loss, too, when it dies with a session on it: nobody else would tell the client.
+func TestALostConnectionBesideTheHome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &farm{openSSH: true}
+		p := newPool(t, f, CloseAtOnce{})
+		l, other := acquire(t, p, spec("alice")), acquire(t, p, spec("alice"))
+		copied := open(t, l, bulk)
+		why := errors.New("h.example.com:22: connection reset by peer")
+		f.conn(1).end(why)
+		if loss := lossOf(l); loss.Upstream != copied.Upstream() || !errors.Is(loss.Reason, why) || !loss.Elsewhere {
+			t.Errorf("loss %+v", loss)
+		}
+		if copied.ClosedInOrder() {
+			t.Error("it looks complete")
+		}
+		synctest.Wait()
+		other.Watch(func(loss Loss) { t.Errorf("who was not on it has lost %+v", loss) })
+		l.Release()
+		other.Release()
+	})
+}
+
 // Without any connection left, forwards get a new one where that takes no person, else an error.
 func TestAHomeIsReplaced(t *testing.T) {
 	for name, person := range map[string]bool{"silently": false, "not with a password": true} {
@@ -908,6 +930,43 @@ func TestDrainAndCloseOfSeveral(t *testing.T) {
 				if len(p.List()) != 0 {
 					t.Errorf("left: %+v", p.List())
 				}
+			})
+		})
+	}
+}
+
+// The pool closes a connection with its last channel, where the client is on another one too. That must not make the
+// channel look cut.
+func TestTheLastSessionOfAConnectionIsNotCut(t *testing.T) {
+	for name, c := range map[string]struct {
+		end     func(p *Pool, c *farmConn, copied uint64)
+		inOrder bool
+	}{
+		"it was draining": {func(p *Pool, c *farmConn, copied uint64) {
+			p.Drain(func(u ConnInfo) bool { return u.ID == copied })
+			c.closeAll()
+		}, true},
+		"it is drained just then": {func(p *Pool, c *farmConn, copied uint64) {
+			c.closeAll()
+			synctest.Wait()
+			p.Drain(func(u ConnInfo) bool { return u.ID == copied })
+		}, true},
+		"the connection has ended": {func(_ *Pool, c *farmConn, _ uint64) { c.end(errors.New("reset")) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &farm{}
+				p := newPool(t, f, CloseAtOnce{})
+				l, other := acquire(t, p, spec("alice")), acquire(t, p, spec("alice"))
+				copied := open(t, l, bulk)
+				c.end(p, f.conn(1), copied.Upstream())
+				<-f.conn(1).ended
+				synctest.Wait()
+				if got := copied.ClosedInOrder(); got != c.inOrder {
+					t.Errorf("closed in order: %v", got)
+				}
+				l.Release()
+				other.Release()
 			})
 		})
 	}

@@ -44,7 +44,7 @@ type Lease struct {
 type Loss struct {
 	Upstream uint64 // its number
 	Reason   error  // a line for a person
-	// Elsewhere: channels or forwards of the lease are on other upstreams, so that it can go on.
+	// Elsewhere: the client's home, or channels or forwards of it, are on other upstreams, so that it can go on.
 	Elsewhere bool
 }
 
@@ -77,6 +77,7 @@ func (l *Lease) Watch(lost func(Loss)) {
 // lostLocked tells of u's end.
 func (l *Lease) lostLocked(u *upstream) {
 	loss := Loss{Upstream: u.id, Reason: u.reason}
+	loss.Elsewhere = l.home != nil && l.home != u && !l.home.conn.Down()
 	for o, n := range l.holds {
 		loss.Elsewhere = loss.Elsewhere || o != u && n > 0
 	}
@@ -111,6 +112,26 @@ func (l *Lease) unholdLocked(u *upstream) {
 		delete(l.holds, u)
 		u.letGoLocked(l)
 	}
+}
+
+// unholdSoonLocked is unholdLocked for a channel that has ended. If that was because of the connection, the lease must
+// hold that still to hear of it; and a connection that is closed as soon as nobody holds it would look like the reason
+// (Channel.ClosedInOrder).
+func (l *Lease) unholdSoonLocked(u *upstream) {
+	if u == l.home {
+		l.unholdLocked(u)
+		return
+	}
+	l.pool.wg.Go(func() {
+		t := time.NewTimer(2 * overGrace)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-u.dead:
+		case <-l.pool.ctx.Done():
+		}
+		l.unhold(u)
+	})
 }
 
 func (l *Lease) unhold(u *upstream) {

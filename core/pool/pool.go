@@ -529,7 +529,7 @@ func (p *Pool) Drain(match func(ConnInfo) bool) int {
 	}
 	p.mu.Unlock()
 	for _, u := range idle {
-		p.wg.Go(u.closeIdle)
+		u.conn.Close()
 	}
 	return n
 }

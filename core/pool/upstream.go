@@ -23,7 +23,6 @@ type upstream struct {
 	dead    chan struct{} // closed when the connection has ended and the upstream has left the list
 
 	channels atomic.Int64
-	lastEnd  atomic.Int64 // when the last one that has ended did, in Unix nanoseconds
 	in, out  atomic.Int64
 	// keepalives are channel keepalives of the server's to be answered. They don't wait for a client: one that is
 	// stopped would let the server give the whole connection up.
@@ -254,19 +253,6 @@ func (u *upstream) release(idle uint64) {
 	u.draining = true
 	u.pool.ups = slices.DeleteFunc(u.pool.ups, func(o *upstream) bool { return o == u })
 	u.pool.mu.Unlock()
-	u.closeIdle()
-}
-
-// closeIdle closes the connection, but not so soon after its last channel has ended that this would look like the reason
-// (Channel.ClosedInOrder): the client may be on other upstreams, and still has to be told.
-func (u *upstream) closeIdle() {
-	t := time.NewTimer(time.Until(time.Unix(0, u.lastEnd.Load()).Add(2 * overGrace)))
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-u.dead:
-	case <-u.pool.ctx.Done():
-	}
 	u.conn.Close()
 }
 
