@@ -44,7 +44,7 @@ func TestSocketOptions(t *testing.T) {
 				sp.Lane.Class = class
 				c := dial(t, sp).(*conn)
 				want := map[pool.Class]int{pool.Interactive: tc.interactive, pool.Bulk: tc.bulk}
-				tos := func() int { return socketOption(t, c.t.Conn, unix.IPPROTO_IP, unix.IP_TOS) }
+				tos := func() int { return socketOption(t, c.t.raw, unix.IPPROTO_IP, unix.IP_TOS) }
 				if got := tos(); got != want[class] {
 					t.Errorf("marked %#x, not %#x", got, want[class])
 				}
@@ -53,10 +53,10 @@ func TestSocketOptions(t *testing.T) {
 				if got := tos(); got != want[other] {
 					t.Errorf("then marked %#x, not %#x", got, want[other])
 				}
-				if got := socketOption(t, c.t.Conn, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT); got != unsentBytes {
+				if got := socketOption(t, c.t.raw, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT); got != unsentBytes {
 					t.Errorf("TCP_NOTSENT_LOWAT %d", got)
 				}
-				if socketOption(t, c.t.Conn, unix.IPPROTO_TCP, unix.TCP_NODELAY) == 0 {
+				if socketOption(t, c.t.raw, unix.IPPROTO_TCP, unix.TCP_NODELAY) == 0 {
 					t.Error("no TCP_NODELAY")
 				}
 				check(t, c.Close())
