@@ -42,11 +42,11 @@ func TestAnAnswerIsKeptUntilAFileChanges(t *testing.T) {
 	} {
 		write("one")
 		var c configs
-		if _, ok := c.get(hello()); ok {
+		if _, ok := c.get(hello(), nil); ok {
 			t.Errorf("%s: known beforehand", name)
 		}
-		c.put(hello(), answer())
-		if _, ok := c.get(hello()); !ok {
+		c.put(hello(), nil, answer())
+		if _, ok := c.get(hello(), nil); !ok {
 			t.Errorf("%s: forgotten", name)
 		}
 		for what, other := range map[string]func(h *wire.Hello){
@@ -56,16 +56,21 @@ func TestAnAnswerIsKeptUntilAFileChanges(t *testing.T) {
 		} {
 			h := hello()
 			other(&h)
-			if _, ok := c.get(h); ok {
+			if _, ok := c.get(h, nil); ok {
 				t.Errorf("%s: known for another %s", name, what)
 			}
 		}
+		for _, via := range [][]string{{}, {"bastion"}} {
+			if _, ok := c.get(hello(), via); ok {
+				t.Errorf("%s: known for the jump hosts %q", name, via)
+			}
+		}
 		write("another")
-		if _, ok := c.get(hello()); ok {
+		if _, ok := c.get(hello(), nil); ok {
 			t.Errorf("%s: kept although the file has changed", name)
 		}
-		c.put(hello(), answer())
-		if _, ok := c.get(hello()); !ok {
+		c.put(hello(), nil, answer())
+		if _, ok := c.get(hello(), nil); !ok {
 			t.Errorf("%s: the new answer is not kept", name)
 		}
 	}
@@ -73,7 +78,7 @@ func TestAnAnswerIsKeptUntilAFileChanges(t *testing.T) {
 		"host": {config: sshconfig.Resolved{Volatile: true}}, "jump host": {hops: []wire.Hop{{Config: sshconfig.Resolved{Volatile: true}}}},
 	} {
 		var c configs
-		if c.put(hello(), r); len(c.byKey) != 0 {
+		if c.put(hello(), nil, r); len(c.byKey) != 0 {
 			t.Errorf("%s: an answer that depends on more than files is kept", name)
 		}
 	}
@@ -81,8 +86,8 @@ func TestAnAnswerIsKeptUntilAFileChanges(t *testing.T) {
 	for n := range 2 * maxConfigs {
 		h := hello()
 		h.Target.Host = fmt.Sprint("host", n)
-		c.put(h, resolution{})
-		if _, ok := c.get(h); !ok || len(c.byKey) > maxConfigs {
+		c.put(h, nil, resolution{})
+		if _, ok := c.get(h, nil); !ok || len(c.byKey) > maxConfigs {
 			t.Fatalf("after %d: kept %t, %d in all", n+1, ok, len(c.byKey))
 		}
 	}
