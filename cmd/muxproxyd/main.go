@@ -118,7 +118,7 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 	root.SetErr(a.stderr)
 	root.AddCommand(
 		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
-		newDemo(a),
+		newDemo(a), newPlugin(a),
 	)
 	return root
 }

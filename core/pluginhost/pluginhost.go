@@ -119,6 +119,7 @@ type Timing struct {
 	First     time.Duration // until the first answer of Authorize, and for Retain; 3 s: plugins are told 2 s
 	Heartbeat time.Duration // between two signs of life; 12 s: plugins are told 5 s
 	Backoff   time.Duration // before the first restart; 0.5 s, doubled up to 1 min
+	Stable    time.Duration // a plugin that ran for so long starts again with the first back-off; 1 min
 	Ticket    time.Duration // 10 s
 	Start     time.Duration // until the handshake; 10 s
 }
@@ -152,7 +153,7 @@ func New(o Options) *Manager {
 		p     *time.Duration
 		value time.Duration
 	}{{&t.First, 3 * time.Second}, {&t.Heartbeat, 12 * time.Second}, {&t.Backoff, 500 * time.Millisecond},
-		{&t.Ticket, 10 * time.Second}, {&t.Start, 10 * time.Second}} {
+		{&t.Stable, time.Minute}, {&t.Ticket, 10 * time.Second}, {&t.Start, 10 * time.Second}} {
 		if *d.p == 0 {
 			*d.p = d.value
 		}

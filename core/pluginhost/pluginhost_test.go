@@ -60,7 +60,7 @@ func newWorld(t *testing.T, timing Timing) *world {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	w := &world{t: t, log: &syncBuffer{}, backend: &fakeBackend{}, dir: dir}
 	if timing.Backoff == 0 {
-		timing.Backoff = 10 * time.Millisecond
+		timing.Backoff, timing.Stable = 10*time.Millisecond, 1
 	}
 	if timing.First == 0 {
 		timing.First = 20 * time.Second // the machine may be busy
@@ -416,8 +416,8 @@ func TestObserve(t *testing.T) {
 	// A plugin that reads no more costs memory within bounds, and nobody waits.
 	w.m.Observe(event("stall", "h"))
 	e := event("flood", "h")
-	e.Use.Command = strings.Repeat("x", 4096)
-	for range 5000 {
+	e.Use.Kind, e.Use.Addr = use.Other, strings.Repeat("x", 4096)
+	for range 1500 {
 		w.m.Observe(e)
 	}
 	if got := w.m.List()[0].Dropped; got < 1000 {

@@ -23,10 +23,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-const (
-	maxBackoff = time.Minute
-	stable     = time.Minute // a plugin that ran for so long starts again with the first back-off
-)
+const maxBackoff = time.Minute
 
 // supervised is one plugin of the policy: its process, and the next one when that has crashed.
 type supervised struct {
@@ -195,7 +192,7 @@ func (s *supervised) supervise() {
 			err = fmt.Errorf("it crashed: %w", e)
 		}
 		s.failed(err)
-		if time.Since(inst.since) >= stable {
+		if time.Since(inst.since) >= s.m.o.Timing.Stable {
 			wait = s.m.o.Timing.Backoff
 		}
 		for {
