@@ -1,11 +1,15 @@
 package pluginrun
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/zclconf/go-cty/cty"
@@ -22,6 +26,8 @@ const CallTime = 5 * time.Second
 const (
 	maxDepth = 4
 	maxNames = 256
+	// maxDefault bounds an attribute's default, in bytes of JSON.
+	maxDefault = 4096
 )
 
 var (
@@ -118,11 +124,32 @@ func AttributeType(a *pluginpb.Attribute) (cty.Type, cty.Value, error) {
 	if a.GetDefault() == "" {
 		return t, empty(t), nil
 	}
+	if len(a.GetDefault()) > maxDefault || !tame([]byte(a.GetDefault())) {
+		return t, cty.NilVal, errors.New("its default is no JSON, too long, or has a number that is too large or too small")
+	}
 	v, err := ctyjson.Unmarshal([]byte(a.GetDefault()), t)
 	if err != nil || v.IsNull() || !v.IsWhollyKnown() {
 		return t, cty.NilVal, fmt.Errorf("its default %q is not of its type", clip(plugin.Printable(a.GetDefault()), 80))
 	}
 	return t, v, nil
+}
+
+// tame reports whether no number in a JSON text has an exponent of more than three digits. cty would write it out: for
+// 1e99999999 that takes minutes.
+func tame(text []byte) bool {
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.UseNumber()
+	for {
+		token, err := d.Token()
+		if err != nil {
+			return errors.Is(err, io.EOF) // anything else is not JSON
+		}
+		if n, ok := token.(json.Number); ok {
+			if _, exponent, ok := strings.Cut(strings.ToLower(n.String()), "e"); ok && len(strings.TrimLeft(exponent, "+-0")) > 3 {
+				return false
+			}
+		}
+	}
 }
 
 // usable leaves out what has no empty value, or no form in JSON.

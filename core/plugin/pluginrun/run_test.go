@@ -40,6 +40,10 @@ func TestCheckDescription(t *testing.T) {
 		{"x", nil, attribute("a", strings.Repeat(`["list",`, 10000), ""), "too long"},
 		{"x", nil, attribute("a", `"number"`, `"x"`), "is not of its type"},
 		{"x", nil, attribute("a", `"number"`, `null`), "is not of its type"},
+		{"x", nil, attribute("a", `"number"`, `1e99999999`), "its default is no JSON, too long, or has a number"},
+		{"x", nil, attribute("a", `["list","string"]`, `["a", -1.5E-00099999]`), "its default is no JSON, too long, or has a number"},
+		{"x", nil, attribute("a", `"string"`, `"`+strings.Repeat("x", maxDefault)+`"`), "its default is no JSON, too long"},
+		{"fine", nil, attribute("a", `"number"`, `1e099`), ""},
 		{"x", nil, nest(attribute("l", `"bool"`, ""), "l"), `host block, b: the name "l" is taken`},
 		{"x", nil, nest(nil, "l", "l"), `"l" can't be a label`},
 		{"x", nil, nest(nest(nest(nest(nil)))), "more than 4 deep"},
@@ -58,6 +62,7 @@ func FuzzAttributeType(f *testing.F) {
 	f.Add(`["list","number"]`, `[1,2]`)
 	f.Add(`["map",["set","bool"]]`, ``)
 	f.Add(`["object",{"a":"string"}]`, `{}`)
+	f.Add(`"number"`, `1e99999999`)
 	f.Add(`"dynamic"`, `{"type":"string","value":"x"}`)
 	f.Fuzz(func(t *testing.T, kind, def string) {
 		ty, v, err := AttributeType(&pluginpb.Attribute{Type: kind, Default: def})
