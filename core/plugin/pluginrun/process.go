@@ -54,7 +54,10 @@ func (p *process) Start(context.Context) error {
 		}
 	}
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = theirs[0], theirs[1], theirs[2]
-	err := startApart(p.cmd)
+	_, err := ours[0].Write(p.line) // a new pipe has room for it
+	if err == nil {
+		err = startApart(p.cmd)
+	}
 	closeAll(theirs[:])
 	if err != nil {
 		closeAll(ours[:])
@@ -65,9 +68,6 @@ func (p *process) Start(context.Context) error {
 	p.mu.Lock()
 	p.id, p.stdin = p.cmd.Process.Pid, ours[0]
 	p.mu.Unlock()
-	if _, err := ours[0].Write(p.line); err != nil { // there is room in a new pipe
-		p.fail(fmt.Errorf("does not read its first line: %w", err))
-	}
 	var reading sync.WaitGroup
 	reading.Go(func() { p.readStdout(ours[1], out) })
 	reading.Go(func() { p.readStderr(ours[2]) })
