@@ -8,11 +8,12 @@ vcs := $(shell git status >/dev/null 2>&1 || echo -buildvcs=false)
 
 tool := go tool -modfile=tools/go.mod
 
-.PHONY: help build demo test lint cross-vet proto proto-check clean
+.PHONY: help build demo bench test lint cross-vet proto proto-check clean
 
 help:
 	@echo 'make build        bin/muxproxy and bin/muxproxyd, static'
 	@echo 'make demo         build, then measure what sharing gives; DEMO_HOST=HOST for a host of yours'
+	@echo 'make bench        build, then measure beside ControlMaster; QUICK=1 for 3 minutes, CASES=PATTERN for some of it'
 	@echo 'make test         all tests, with the race detector, and copies of 256 MiB without it'
 	@echo 'make lint         gofmt, go vet (linux, darwin, windows), staticcheck, govulncheck'
 	@echo 'make proto        generate the code of the .proto files (needs protoc)'
@@ -24,6 +25,12 @@ build:
 
 demo: build
 	bin/muxproxy demo $(DEMO_HOST)
+
+# BENCH_FLAGS: see bin/bench --help.
+bench: build
+	tools/need.sh ssh:openssh-client sshd:openssh-server rsync:rsync git:git
+	CGO_ENABLED=0 go build $(vcs) -trimpath -o bin/ ./bench
+	bin/bench $(if $(QUICK),--quick) --cases '$(or $(CASES),*)' --out bench/out/bench.json $(BENCH_FLAGS)
 
 # The race detector needs a C compiler. DEMO_HOST and the like never reach the tests: they use loopback only.
 test:
@@ -38,7 +45,7 @@ test:
 	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e
 
 lint: cross-vet
-	@unformatted=$$(gofmt -l *.go core cmd e2e examples); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
 	go vet ./...
 	$(tool) staticcheck ./...
 	@tools/vulncheck.sh

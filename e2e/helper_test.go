@@ -12,6 +12,14 @@ func helper(name string, args []string) int {
 	switch name {
 	case "knock":
 		return knock(args)
+	case "victim":
+		return victim()
+	case "attack":
+		return attack(args)
+	case "trace":
+		return trace(args)
+	case "xclient":
+		return xclient(args)
 	}
 	fmt.Fprintf(os.Stderr, "no helper %q %q\n", name, args)
 	return 2

@@ -22,6 +22,8 @@ type link struct {
 	stalled  bool
 	closed   bool
 	delay    time.Duration
+	trips    int  // how often somebody at the near end spoke after having heard something
+	heard    bool // something went to the near end since
 }
 
 type pair struct{ near, far *net.TCPConn }
@@ -94,6 +96,15 @@ func (l *link) slow(d time.Duration) {
 	l.delay = d
 }
 
+// roundTrips is how often the near ends have spoken after hearing something, since the last call.
+func (l *link) roundTrips() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := l.trips
+	l.trips, l.heard = 0, true
+	return n
+}
+
 func (l *link) close() {
 	l.ln.Close()
 	l.mu.Lock()
@@ -137,8 +148,8 @@ func (l *link) accept() {
 		go func() {
 			defer l.wg.Done()
 			var both sync.WaitGroup
-			both.Go(func() { l.pump(p.far, p.near) })
-			both.Go(func() { l.pump(p.near, p.far) })
+			both.Go(func() { l.pump(p.far, p.near, true) })
+			both.Go(func() { l.pump(p.near, p.far, false) })
 			both.Wait()
 			l.mu.Lock()
 			delete(l.pairs, p)
@@ -156,7 +167,7 @@ type chunk struct {
 }
 
 // pump copies one direction. Reader and writer are apart, so that a delay costs time and no throughput.
-func (l *link) pump(dst, src *net.TCPConn) {
+func (l *link) pump(dst, src *net.TCPConn, up bool) {
 	queue := make(chan chunk, 256)
 	var reader sync.WaitGroup
 	reader.Go(func() {
@@ -166,6 +177,10 @@ func (l *link) pump(dst, src *net.TCPConn) {
 			n, err := src.Read(b)
 			l.mu.Lock()
 			due := time.Now().Add(l.delay)
+			if up && n > 0 && l.heard {
+				l.trips++
+				l.heard = false
+			}
 			l.mu.Unlock()
 			if n > 0 {
 				queue <- chunk{b[:n], due}
@@ -186,6 +201,7 @@ func (l *link) pump(dst, src *net.TCPConn) {
 		for l.stalled && !l.closed {
 			l.cond.Wait()
 		}
+		l.heard = l.heard || !up && c.b != nil
 		l.mu.Unlock()
 		if c.b == nil {
 			dst.CloseWrite()
@@ -219,4 +235,15 @@ func freePort(t testing.TB) int {
 	ln := listenTCP(t)
 	defer ln.Close()
 	return ln.Addr().(*net.TCPAddr).Port
+}
+
+// snapshot are the connections that stand now.
+func (l *link) snapshot() []*pair {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var pairs []*pair
+	for p := range l.pairs {
+		pairs = append(pairs, p)
+	}
+	return pairs
 }

@@ -335,6 +335,8 @@ func (w *world) script(name, text string) string {
 type door struct {
 	ln net.Listener
 	wg sync.WaitGroup
+	// sessions is how many one connection may have at a time, set before the first comes; 0: any number.
+	sessions int64
 
 	mu    sync.Mutex // guards conns
 	conns []net.Conn
@@ -394,9 +396,15 @@ func (d *door) serve(c net.Conn, config *ssh.ServerConfig) {
 	}
 	defer conn.Close()
 	d.wg.Go(func() { ssh.DiscardRequests(requests) })
+	var open atomic.Int64
 	for ch := range channels {
 		if ch.ChannelType() != "session" {
 			ch.Reject(ssh.UnknownChannelType, "sessions only")
+			continue
+		}
+		if open.Add(1) > d.sessions && d.sessions > 0 {
+			open.Add(-1)
+			ch.Reject(ssh.ConnectionFailed, "open failed")
 			continue
 		}
 		channel, requests, err := ch.Accept()
@@ -404,6 +412,7 @@ func (d *door) serve(c net.Conn, config *ssh.ServerConfig) {
 			return
 		}
 		d.wg.Go(func() {
+			defer open.Add(-1)
 			for r := range requests {
 				r.Reply(r.Type == "exec" || r.Type == "env", nil)
 				if r.Type != "exec" {

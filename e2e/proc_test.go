@@ -110,6 +110,7 @@ type spec struct {
 	// stdout is the test's own, which closes its copy; nil: proc.out collects it
 	stdout *os.File
 	tty    bool // all three streams are a terminal of its own, which controls it
+	sys    *syscall.SysProcAttr
 }
 
 // start starts a process.
@@ -117,7 +118,7 @@ func start(t testing.TB, s spec) *proc {
 	t.Helper()
 	p := &proc{t: t, cmd: exec.Command(s.args[0], s.args[1:]...), out: newBuffer(), err: newBuffer(), began: time.Now(),
 		done: make(chan struct{})}
-	p.cmd.Env, p.cmd.Dir = s.env, s.dir
+	p.cmd.Env, p.cmd.Dir, p.cmd.SysProcAttr = s.env, s.dir, s.sys
 	var readers sync.WaitGroup
 	collect := func(b *buffer, r io.Reader) {
 		readers.Go(func() {

@@ -206,7 +206,8 @@ func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.It
 // somePort is below what the kernel gives to outgoing connections.
 func somePort() int { return 12000 + mrand.IntN(20000) }
 
-// startSSHD starts an sshd. It ends with the test.
+// startSSHD starts an sshd. It ends with the test. HOME is an empty folder there: bash reads ~/.bashrc for each command below
+// sshd, and what that does is not the test's.
 func (w *world) startSSHD(lines []string) {
 	t := w.t
 	t.Helper()
@@ -238,12 +239,13 @@ AllowTcpForwarding yes
 AllowStreamLocalForwarding yes
 MaxSessions 100
 MaxStartups 200
+SetEnv HOME=%s
 UseDNS no
 PrintMotd no
 LogLevel VERBOSE
 Subsystem sftp internal-sftp
 %s
-`, w.sshd, keys.String(), w.path("authorized_keys"), strings.Join(sshdExtra, "\n")))
+`, w.sshd, keys.String(), w.path("authorized_keys"), w.path("home"), strings.Join(sshdExtra, "\n")))
 		cmd := exec.Command(sshdPath, "-D", "-e", "-f", conf)
 		cmd.Stderr = logFile
 		if err := cmd.Start(); err != nil {
@@ -352,14 +354,19 @@ type status struct {
 		State    string `json:"state"`
 		Clients  int    `json:"clients"`
 		Channels int    `json:"channels"`
+		In       int64  `json:"in"`
+		Sessions int    `json:"sessions"`
+		Most     int    `json:"max_sessions"`
+		Suspect  bool   `json:"suspect"`
 	} `json:"upstreams"`
 	Clients []struct {
 		ID       uint64 `json:"id"`
 		Target   string `json:"target"`
 		Mode     string `json:"mode"`
 		Channels []struct {
-			Kind   string `json:"kind"`
-			Detail string `json:"detail"`
+			Kind     string `json:"kind"`
+			Upstream uint64 `json:"upstream"`
+			Detail   string `json:"detail"`
 		} `json:"channels"`
 	} `json:"clients"`
 }

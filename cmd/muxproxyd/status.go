@@ -24,8 +24,11 @@ func newStatus(a *app) *cobra.Command {
 		Use:   "status [--json]",
 		Short: "show connections, who uses them, and for what",
 		Long: `Shows the upstream connections, and for each local client what started it and
-its channels. IN counts bytes towards the remote host, OUT bytes from it. Ends
-with 1 if no master runs.`,
+its channels, with the connection that each is on. SESSIONS counts those that
+are open, one kept in advance among them, against what the server was found to
+allow. A connection is silent if its server gave no sign of life when asked.
+IN counts bytes towards the remote host, OUT bytes from it. Ends with 1 if no
+master runs.`,
 		Example: "  muxproxy status\n  muxproxy status --json | jq '.upstreams[].target'",
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return runStatus(cmd.Context(), a, asJSON) },
@@ -69,6 +72,10 @@ func printStatus(w io.Writer, s control.Status, now time.Time) error {
 	line := func(indent int, text string) {
 		fmt.Fprintf(out, "%*s%s\n", indent, "", cut(text, columns-indent))
 	}
+	upstream := func(id, target, lane, state, sessions, in, outBytes, age string) {
+		fmt.Fprintf(out, "%-4s %-24s %-11s %-9s %8s %5s %5s %6s\n", id, cut(target, 24), cut(lane, 11), cut(state, 9),
+			sessions, in, outBytes, age)
+	}
 	row := func(id, name, a, b, in, outBytes, age string) {
 		fmt.Fprintf(out, "%-4s %-29s  %-11s  %-9s %6s %6s %6s\n", id, cut(name, 29), cut(a, 11), cut(b, 9), in, outBytes, age)
 	}
@@ -83,10 +90,17 @@ func printStatus(w io.Writer, s control.Status, now time.Time) error {
 	if len(s.Upstreams) == 0 {
 		line(0, "no upstreams")
 	} else {
-		row("ID", "UPSTREAM", "LANE", "STATE", "IN", "OUT", "UP")
+		upstream("ID", "UPSTREAM", "LANE", "STATE", "SESSIONS", "IN", "OUT", "UP")
 	}
 	for _, u := range s.Upstreams {
-		row(number(u.ID), u.Target, u.Lane, u.State, size(u.In), size(u.Out), age(u.Since, now))
+		state, sessions := u.State, strconv.Itoa(u.Sessions)
+		if u.Suspect {
+			state = "silent"
+		}
+		if u.MaxSessions > 0 {
+			sessions += "/" + strconv.Itoa(u.MaxSessions)
+		}
+		upstream(number(u.ID), u.Target, u.Lane, state, sessions, size(u.In), size(u.Out), age(u.Since, now))
 		var about []string
 		for _, text := range []string{u.Addr, u.Server, u.Auth} {
 			if text != "" {
@@ -131,7 +145,8 @@ func printStatus(w io.Writer, s control.Status, now time.Time) error {
 			if ch.Detail != "" {
 				what += " " + ch.Detail
 			}
-			fmt.Fprintf(out, "     %-53s %6s %6s %6s\n", cut(what, 53), size(ch.In), size(ch.Out), age(ch.Since, now))
+			fmt.Fprintf(out, "     %-42s on %-7s %6s %6s %6s\n", cut(what, 42), number(ch.Upstream), size(ch.In),
+				size(ch.Out), age(ch.Since, now))
 		}
 	}
 	return out.Flush()

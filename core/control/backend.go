@@ -36,8 +36,11 @@ type Upstream struct {
 	Auth        string    `json:"auth,omitempty"`
 	Clients     int       `json:"clients"`
 	Channels    int       `json:"channels"`
-	In          int64     `json:"in"`  // bytes of channel data towards the remote host
-	Out         int64     `json:"out"` // bytes of channel data from it
+	In          int64     `json:"in"`                     // bytes of channel data towards the remote host
+	Out         int64     `json:"out"`                    // bytes of channel data from it
+	Sessions    int       `json:"sessions"`               // open session channels, one kept in advance among them
+	MaxSessions int       `json:"max_sessions,omitempty"` // how many the server was found to allow; 0: not known
+	Suspect     bool      `json:"suspect,omitempty"`      // no sign of life when asked for one; no new clients until there is
 }
 
 // Client is one local ssh connection.
@@ -45,7 +48,7 @@ type Client struct {
 	ID       uint64     `json:"id"`
 	Target   string     `json:"target"`
 	Alias    string     `json:"alias,omitempty"`
-	Upstream uint64     `json:"upstream,omitempty"` // 0: not yet
+	Upstream uint64     `json:"upstream,omitempty"` // that it attached to; 0: not yet
 	Mode     string     `json:"mode"`
 	Since    time.Time  `json:"since"`
 	Caller   use.Caller `json:"caller"`
@@ -54,11 +57,12 @@ type Client struct {
 
 // Channel is one channel or remote forward of a client.
 type Channel struct {
-	Kind   string    `json:"kind"`             // a use's kind
-	Detail string    `json:"detail,omitempty"` // program word of a command, subsystem, destination; escaped
-	Since  time.Time `json:"since"`
-	In     int64     `json:"in"`
-	Out    int64     `json:"out"`
+	Kind     string    `json:"kind"`             // a use's kind
+	Upstream uint64    `json:"upstream"`         // that carries it
+	Detail   string    `json:"detail,omitempty"` // program word of a command, subsystem, destination; escaped
+	Since    time.Time `json:"since"`
+	In       int64     `json:"in"`
+	Out      int64     `json:"out"`
 }
 
 // Backend is what the API asks of the master. Every changing call gets the caller and passes the gate in the backend;

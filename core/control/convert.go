@@ -58,6 +58,7 @@ func upstreamToPB(u Upstream) *controlpb.Upstream {
 		LastHeard: timeToPB(u.LastHeard), Addr: text(u.Addr), Server: text(u.Server), HostKey: text(u.HostKey),
 		Kex: text(u.Kex), Cipher: text(u.Cipher), PostQuantum: u.PostQuantum, Auth: text(u.Auth),
 		Clients: int64(u.Clients), Channels: int64(u.Channels), In: u.In, Out: u.Out,
+		Sessions: int64(u.Sessions), MaxSessions: int64(u.MaxSessions), Suspect: u.Suspect,
 	}
 }
 
@@ -67,6 +68,7 @@ func upstreamFromPB(u *controlpb.Upstream) Upstream {
 		LastHeard: timeFromPB(u.GetLastHeard()), Addr: u.GetAddr(), Server: u.GetServer(), HostKey: u.GetHostKey(),
 		Kex: u.GetKex(), Cipher: u.GetCipher(), PostQuantum: u.GetPostQuantum(), Auth: u.GetAuth(),
 		Clients: int(u.GetClients()), Channels: int(u.GetChannels()), In: u.GetIn(), Out: u.GetOut(),
+		Sessions: int(u.GetSessions()), MaxSessions: int(u.GetMaxSessions()), Suspect: u.GetSuspect(),
 	}
 }
 
@@ -85,11 +87,16 @@ func clientFromPB(c *controlpb.Client) Client {
 }
 
 func channelToPB(c Channel) *controlpb.Channel {
-	return &controlpb.Channel{Kind: text(c.Kind), Detail: text(c.Detail), Since: timeToPB(c.Since), In: c.In, Out: c.Out}
+	return &controlpb.Channel{
+		Kind: text(c.Kind), Detail: text(c.Detail), Since: timeToPB(c.Since), In: c.In, Out: c.Out, Upstream: c.Upstream,
+	}
 }
 
 func channelFromPB(c *controlpb.Channel) Channel {
-	return Channel{Kind: c.GetKind(), Detail: c.GetDetail(), Since: timeFromPB(c.GetSince()), In: c.GetIn(), Out: c.GetOut()}
+	return Channel{
+		Kind: c.GetKind(), Detail: c.GetDetail(), Since: timeFromPB(c.GetSince()), In: c.GetIn(), Out: c.GetOut(),
+		Upstream: c.GetUpstream(),
+	}
 }
 
 func callerToPB(c use.Caller) *controlpb.Caller {

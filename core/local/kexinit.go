@@ -23,6 +23,12 @@ const (
 	maxIdentification = 255
 	// maxPacket is what RFC 4253 section 6.1 obliges everyone to take; OpenSSH's own KEXINIT is about 1.5 KiB.
 	maxPacket = 35000
+	// rekeyThreshold leaves it to the client to start a key exchange, by its own RekeyLimit or the like: one that x/crypto
+	// starts can freeze the connection for ever. From its KEXINIT on x/crypto holds back what it is to send, at most 64
+	// packets; then its reader, too, waits as soon as it has to answer a CLOSE, and never reads the client's KEXINIT. Of
+	// one that the client starts, that is read by then. x/crypto's own limit of 2^31 packets for each direction
+	// remains, which is what keeps packet sequence numbers from being used twice (RFC 4344 section 3.1).
+	rekeyThreshold = 1 << 62
 )
 
 // kexInit is SSH_MSG_KEXINIT (RFC 4253 section 7.1).
@@ -127,11 +133,7 @@ func (o *opening) algorithms() ssh.Config {
 			break
 		}
 	}
-	if o.openSSH() {
-		// A rekey that x/crypto starts under load in both directions can freeze the connection; one that the peer
-		// starts does not, and OpenSSH starts its own by RekeyLimit.
-		c.RekeyThreshold = 1 << 62
-	}
+	c.RekeyThreshold = rekeyThreshold
 	return c
 }
 

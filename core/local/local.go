@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/coalesce"
 )
 
 // loginGrace bounds how long a client may take until it asks to be let in; a person who is asked about our host key
@@ -183,6 +185,9 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 	default:
 		return nil, endError(ctx, err)
 	}
+	if m, ok := sc.Conn.(ssh.AlgorithmsConnMetadata); ok {
+		s.Join(m.Algorithms().Write.Cipher)
+	}
 	return &Conn{ServerConn: sc, openSSH: o.openSSH(), channels: channels, requests: requests}, nil
 }
 
@@ -212,7 +217,7 @@ func Principals(names ...string) []string {
 // stream is a client's connection as x/crypto sees it: it replays the opening, swallows the identification string
 // that has already been sent, and notices the end.
 type stream struct {
-	net.Conn
+	*coalesce.Conn
 	r       io.Reader    // where to read; set before x/crypto reads
 	swallow int          // bytes of identification still to be swallowed; owned by the writer of the handshake
 	writes  atomic.Int32 // packets of the handshake so far: KEXINIT, then the one with the host key
@@ -223,7 +228,8 @@ type stream struct {
 	err     error     // of closing
 }
 
-func newStream(c net.Conn) *stream {
+func newStream(rwc net.Conn) *stream {
+	c := coalesce.New(rwc)
 	return &stream{Conn: c, r: c, swallow: len(Identification) + 2, done: make(chan struct{})}
 }
 

@@ -189,6 +189,16 @@ func authorized(k ssh.PublicKey) string {
 	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(k)))
 }
 
+// Clients of every make start the key exchanges after the first.
+func TestNoLaterKeyExchangeIsStartedHere(t *testing.T) {
+	for _, version := range []string{"SSH-2.0-OpenSSH_9.2", "SSH-2.0-PuTTY_Release_0.78", "SSH-2.0-Go", ""} {
+		o := &opening{version: version}
+		if c := o.algorithms(); c.RekeyThreshold < 1<<60 {
+			t.Errorf("%q: after %d bytes", version, c.RekeyThreshold)
+		}
+	}
+}
+
 func TestAnOpenSSHWithoutCertificatesIsToldSo(t *testing.T) {
 	a, _ := newAuthority(t)
 	near, far := connPair(t)

@@ -29,7 +29,7 @@ func (m *Master) Status() control.Status {
 			ID: u.ID, Target: u.Target.String(), Lane: u.Lane, State: string(u.State), Since: u.Since, LastHeard: u.LastHeard,
 			Addr: u.Server.Addr, Server: use.Printable(u.Server.Version), Kex: u.Server.Kex, Cipher: u.Server.Cipher,
 			PostQuantum: u.Server.PostQuantum, Auth: use.Printable(u.Server.Auth), Clients: u.Clients, Channels: int(u.Channels),
-			In: u.In, Out: u.Out,
+			In: u.In, Out: u.Out, Sessions: u.Sessions, MaxSessions: u.MaxSessions, Suspect: u.Suspect,
 		}
 		if u.Server.HostKey != nil {
 			cu.HostKey = u.Server.HostKey.Type() + " " + ssh.FingerprintSHA256(u.Server.HostKey)
@@ -44,7 +44,7 @@ func (m *Master) Status() control.Status {
 		if r := c.relay.Load(); r != nil {
 			for _, ch := range r.Channels() {
 				cc.Channels = append(cc.Channels, control.Channel{
-					Kind: string(ch.Use.Kind), Detail: detail(ch.Use), Since: ch.Since, In: ch.In, Out: ch.Out,
+					Kind: string(ch.Use.Kind), Upstream: ch.Upstream, Detail: detail(ch.Use), Since: ch.Since, In: ch.In, Out: ch.Out,
 				})
 			}
 		}

@@ -4,6 +4,7 @@ package plugin
 
 import (
 	"os"
+	"os/signal"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,3 +16,7 @@ func endGroup() {
 		_ = unix.Kill(0, unix.SIGKILL)
 	}
 }
+
+// catchSIGPIPE makes writing to standard error fail when the master is gone, instead of ending this process before it has
+// ended what it started. Signals that are caught are as ever in children, those that are ignored are not.
+func catchSIGPIPE() { signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) }

@@ -43,6 +43,7 @@ func Serve(p Plugin) {
 }
 
 func serve(p Plugin, log zerolog.Logger) error {
+	catchSIGPIPE()
 	if err := harden(); err != nil {
 		return err
 	}

@@ -271,6 +271,7 @@ func playPlugin(args []string) {
 	}
 	// stubborn never ends by itself.
 	stubborn := func(p plugin.Plugin) {
+		dieWithMaster()
 		signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 		var hello [4096]byte
 		if _, err := os.Stdin.Read(hello[:]); err != nil {

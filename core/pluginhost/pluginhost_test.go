@@ -47,7 +47,6 @@ type world struct {
 	log     *syncBuffer
 	backend *fakeBackend
 	dir     string
-	specs   []Plugin
 }
 
 // newWorld makes a Manager, and looks after its end that nothing is left of it: no goroutine, descriptor or file.

@@ -202,7 +202,7 @@ func (s *supervised) supervise() {
 				return
 			}
 			wait = min(2*wait, maxBackoff)
-			if inst, err = s.again(); err == nil {
+			if err = s.again(); err == nil {
 				break
 			}
 			if s.ctx.Err() != nil {
@@ -214,10 +214,10 @@ func (s *supervised) supervise() {
 }
 
 // again starts a crashed plugin and configures it as before.
-func (s *supervised) again() (*instance, error) {
+func (s *supervised) again() error {
 	inst, desc, err := s.start(s.ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	d, err := describedFromPB(desc)
 	if err != nil {
@@ -247,9 +247,9 @@ func (s *supervised) again() (*instance, error) {
 		s.mu.Unlock()
 		inst.Stop()
 		s.m.streams.revoke(inst.PID())
-		return nil, err
+		return err
 	}
-	return inst, nil
+	return nil
 }
 
 // failed remembers and logs why the plugin does not run.

@@ -184,7 +184,7 @@ func waitGone(t *testing.T, pid int) {
 			return
 		}
 		if time.Now().After(end) {
-			t.Errorf("process %d still runs", pid)
+			t.Errorf("process %d still runs: %s", pid, b)
 			return
 		}
 	}

@@ -54,7 +54,7 @@ func (c *Channel) ended() {
 	defer u.pool.mu.Unlock()
 	c.closed.Store(time.Now().UnixNano())
 	if l := c.lease.Load(); l != nil {
-		l.unholdLocked(u)
+		l.unholdSoonLocked(u)
 	}
 	delete(u.agents, c)
 	delete(u.cookies, c)

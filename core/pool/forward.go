@@ -60,11 +60,12 @@ type Listener struct {
 	once     sync.Once
 }
 
-func (l *Listener) take(nc *NewChannel) {
+// offer has a channel answered by its owner, unless too many wait for that.
+func offer(nc *NewChannel, pending chan struct{}, incoming func(*NewChannel)) {
 	select {
-	case l.pending <- struct{}{}:
-		l.incoming(nc)
-		<-l.pending
+	case pending <- struct{}{}:
+		incoming(nc)
+		<-pending
 	default:
 		_ = nc.Reject(ssh.ResourceShortage, "too many connections wait for this client")
 	}
@@ -236,7 +237,7 @@ func (l *Lease) Listen(ctx context.Context, permit *use.Permit, a Addr, incoming
 		}
 		if ln != nil && !l.own(ln) {
 			ln.Close()
-			ln, err = nil, errors.New("the client is gone")
+			ln, err = nil, errGone
 		}
 		done <- result{ln, err}
 	})

@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -23,10 +24,21 @@ type NewChannel struct {
 	// accepted is set where the channel had to be accepted to find out whose it is.
 	accepted *Channel
 	reqs     <-chan *ssh.Request
+	// answered is shared by those that the same channel is offered to; nil: only one is. The first to answer has it.
+	answered *atomic.Bool
 }
+
+// errTaken says that another client has taken the channel, or refused it.
+var errTaken = errors.New("another client has answered")
+
+// mine tells whether nobody else has answered.
+func (n *NewChannel) mine() bool { return n.answered == nil || n.answered.CompareAndSwap(false, true) }
 
 // Accept takes the channel. The requests must be drained until their channel closes; the caller closes the channel.
 func (n *NewChannel) Accept() (*Channel, <-chan *ssh.Request, error) {
+	if !n.mine() {
+		return nil, nil, errTaken
+	}
 	p := n.up.pool
 	if n.accepted != nil {
 		p.mu.Lock()
@@ -48,7 +60,10 @@ func (n *NewChannel) Accept() (*Channel, <-chan *ssh.Request, error) {
 
 // Reject refuses the channel, or closes it where it had to be accepted before.
 func (n *NewChannel) Reject(reason ssh.RejectionReason, message string) error {
-	if n.accepted == nil {
+	switch {
+	case !n.mine():
+		return errTaken
+	case n.accepted == nil:
 		return n.NewChannel.Reject(reason, message)
 	}
 	n.accepted.Close()
@@ -69,7 +84,7 @@ func (u *upstream) owner(nc ssh.NewChannel) func() {
 	if l == nil {
 		return nil
 	}
-	return func() { l.take(&NewChannel{NewChannel: nc, up: u, lease: l.lease}) }
+	return func() { offer(&NewChannel{NewChannel: nc, up: u, lease: l.lease}, l.pending, l.incoming) }
 }
 
 // x11Owner is a session that forwards X11. The server tells nobody which session a connection belongs to, but the
@@ -78,6 +93,7 @@ type x11Owner struct {
 	lease    *Lease
 	cookie   string // in hexadecimal, as in x11-req
 	incoming func(*NewChannel)
+	pending  chan struct{} // a place per channel that incoming has not answered
 }
 
 const (
@@ -94,7 +110,7 @@ func (c *Channel) X11(cookie string, incoming func(*NewChannel)) {
 	u.pool.mu.Lock()
 	defer u.pool.mu.Unlock()
 	if c.closed.Load() == 0 {
-		u.cookies[c] = &x11Owner{c.lease.Load(), strings.ToLower(cookie), incoming}
+		u.cookies[c] = &x11Owner{c.lease.Load(), strings.ToLower(cookie), incoming, make(chan struct{}, maxPendingPerListener)}
 	}
 }
 
@@ -123,7 +139,7 @@ func (u *upstream) x11Channel(nc ssh.NewChannel) func() {
 	u.pool.mu.Lock()
 	var owner *x11Owner
 	for _, o := range u.cookies {
-		if o.cookie == cookie && o.lease != nil && !o.lease.gone {
+		if cookie != "" && o.cookie == cookie && o.lease != nil && !o.lease.gone {
 			owner = o
 		}
 	}
@@ -134,7 +150,7 @@ func (u *upstream) x11Channel(nc ssh.NewChannel) func() {
 		return nil
 	}
 	n.lease = owner.lease
-	return func() { owner.incoming(n) }
+	return func() { offer(n, owner.pending, owner.incoming) }
 }
 
 // readX11 reads the set-up of an X11 connection up to and including its authorization data, and returns it and the
@@ -170,12 +186,18 @@ type agentOwner struct {
 	lease    *Lease
 	since    time.Time
 	incoming func(*NewChannel) bool
+	pending  chan struct{} // as an x11Owner's
 }
+
+// agentTime is how long a client may take to answer before another one of the same agent is asked, too: it may be stopped.
+const agentTime = 2 * time.Second
 
 // agentReq is the one request for agent forwarding that a server honours per connection.
 type agentReq struct {
 	done chan struct{} // closed when ok is set
 	ok   bool
+	// lost: its session has ended before the answer, which may have been yes. The next session asks again. Pool.mu guards it.
+	lost bool
 }
 
 // Agent asks the server for agent forwarding (auth-agent-req@openssh.com by its name on the wire, request), once per
@@ -189,13 +211,16 @@ func (c *Channel) Agent(ctx context.Context, permit *use.Permit, request string,
 		u.pool.mu.Unlock()
 		return false
 	}
-	u.agents[c] = &agentOwner{c.lease.Load(), time.Now(), incoming}
+	u.agents[c] = &agentOwner{c.lease.Load(), time.Now(), incoming, make(chan struct{}, maxPendingPerListener)}
 	q := u.agentReq
-	if q == nil {
+	if q == nil || q.lost {
 		q = &agentReq{done: make(chan struct{})}
 		u.agentReq = q
 		u.pool.wg.Go(func() {
-			q.ok, _ = c.SendRequest(request, true, nil) // an error is a refusal, too
+			ok, err := c.SendRequest(request, true, nil)
+			u.pool.mu.Lock()
+			q.ok, q.lost = ok, err != nil
+			u.pool.mu.Unlock()
 			close(q.done)
 		})
 	}
@@ -219,8 +244,30 @@ func (u *upstream) agentChannel(nc ssh.NewChannel) {
 	}
 	u.pool.mu.Unlock()
 	slices.SortFunc(owners, func(a, b *agentOwner) int { return b.since.Compare(a.since) })
+	answered := &atomic.Bool{}
+	taken := make(chan bool, len(owners))
+	asked := 0
 	for _, o := range owners {
-		if o.incoming(&NewChannel{NewChannel: nc, up: u, lease: o.lease}) {
+		select {
+		case o.pending <- struct{}{}:
+		default:
+			continue
+		}
+		asked++
+		u.pool.wg.Go(func() { // ends with its client at the latest
+			taken <- o.incoming(&NewChannel{NewChannel: nc, up: u, lease: o.lease, answered: answered})
+			<-o.pending
+		})
+		select {
+		case ok := <-taken:
+			if asked--; ok {
+				return
+			}
+		case <-time.After(agentTime):
+		}
+	}
+	for ; asked > 0; asked-- {
+		if <-taken {
 			return
 		}
 	}

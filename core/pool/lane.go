@@ -43,8 +43,10 @@ const (
 	laneTime = 3 * time.Second
 	// slotTime is how long a session waits until one of those that the server allows at a time has ended.
 	slotTime = time.Minute
-	// sayAfter is how long it waits before its person is told.
-	sayAfter = time.Second
+	// sayAfter is how long it waits before its person is told: a login on the way is not worth a word.
+	sayAfter = laneTime
+	// lookEvery is how often a session that waits looks by itself.
+	lookEvery = time.Second
 	// growPause is how long after a failed silent login the next may be tried.
 	growPause = 30 * time.Second
 	// maxGrowing bounds the logins under way for one lane: sshd drops some beyond ten (MaxStartups).
@@ -59,7 +61,7 @@ var bulkPrograms = []string{"scp", "rsync", "sftp-server"}
 // BulkBytes is what a session without a terminal has moved, in one direction, when it turns out to be bulk.
 const BulkBytes = 8 << 20
 
-// maxLearned bounds the programs of one target that are remembered to be bulk.
+// maxLearned bounds the programs of one target that are remembered to be bulk, and the targets.
 const maxLearned = 256
 
 // programOf is what a session runs, as far as that tells something about its successors.
@@ -120,6 +122,9 @@ func (l *Lease) NoteMoved(u use.Use, n int64) {
 		delete(set, program)
 	case n < BulkBytes:
 	case set == nil:
+		if len(l.pool.learned) >= maxLearned {
+			clear(l.pool.learned)
+		}
 		l.pool.learned[l.key.key] = map[string]bool{program: true}
 	case len(set) < maxLearned:
 		set[program] = true
@@ -152,6 +157,9 @@ var errNoSlot = errors.New("no free session")
 // is one. Without an upstream, wait is closed when there may be one. Pool.mu is held.
 func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *opening, wait <-chan struct{}, err error) {
 	p := l.pool
+	if l.gone {
+		return nil, nil, nil, errGone
+	}
 	l.convertLocked(lane)
 	var best *upstream
 	var shared, full []*upstream
@@ -192,6 +200,8 @@ func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *op
 			return nil, nil, p.wake, nil
 		case lane.Agent != "":
 			return nil, nil, nil, errNoAgentLane
+		case l.home != nil && l.home.lane.Agent != "" && !l.home.conn.Down():
+			return nil, nil, nil, errAgentLane
 		default:
 			return nil, nil, nil, l.reasonLocked()
 		}
@@ -203,6 +213,10 @@ func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *op
 // errNoAgentLane says that forwarding the agent needs a connection of its own, which can't be had without a person.
 var errNoAgentLane = errors.New("agent forwarding needs a login of its own, and nobody can be asked for that now; " +
 	"put ForwardAgent yes into ssh_config or -A on the command line, or set MUXPROXY_BYPASS=1")
+
+// errAgentLane says the opposite.
+var errAgentLane = errors.New("a session without agent forwarding needs a login of its own beside one with it, and nobody " +
+	"can be asked for that now; open it by another ssh, or set MUXPROXY_BYPASS=1")
 
 // convertLocked gives the client's own connection to the lane, if nothing else is on it: it need not dial another.
 func (l *Lease) convertLocked(lane Lane) {
@@ -240,6 +254,15 @@ func (p *Pool) growthLocked(k laneKey) *growth {
 		p.growths[k] = g
 	}
 	return g
+}
+
+// dropGrowthsLocked forgets those that tell nothing any more: lanes come and go with agents and clients.
+func (p *Pool) dropGrowthsLocked() {
+	for k, g := range p.growths {
+		if g.dials == 0 && g.waiting == 0 && time.Since(g.failed) > growPause {
+			delete(p.growths, k)
+		}
+	}
 }
 
 // growLocked has another upstream dialled for a lane, unless enough are on their way, and returns what is closed when
@@ -288,6 +311,7 @@ func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
 	} else {
 		g.failed = time.Now()
 	}
+	p.dropGrowthsLocked()
 	p.wakeLocked()
 	p.mu.Unlock()
 	if err != nil {

@@ -44,7 +44,7 @@ type Lease struct {
 type Loss struct {
 	Upstream uint64 // its number
 	Reason   error  // a line for a person
-	// Elsewhere: channels or forwards of the lease are on other upstreams, so that it can go on.
+	// Elsewhere: the client's home, or channels or forwards of it, are on other upstreams, so that it can go on.
 	Elsewhere bool
 }
 
@@ -59,6 +59,8 @@ func (p *Pool) newLeaseLocked(u *upstream, k flightKey, spec Spec, by use.Use) *
 	}
 	return l
 }
+
+var errGone = errors.New("the client is gone")
 
 // Watch has lost called, in a goroutine of its own, for each upstream of the lease that has ended or will, until the
 // lease is released. It may be called once.
@@ -75,6 +77,7 @@ func (l *Lease) Watch(lost func(Loss)) {
 // lostLocked tells of u's end.
 func (l *Lease) lostLocked(u *upstream) {
 	loss := Loss{Upstream: u.id, Reason: u.reason}
+	loss.Elsewhere = l.home != nil && l.home != u && !l.home.conn.Down()
 	for o, n := range l.holds {
 		loss.Elsewhere = loss.Elsewhere || o != u && n > 0
 	}
@@ -91,8 +94,11 @@ func (l *Lease) lostLocked(u *upstream) {
 	}
 }
 
-// holdLocked counts a channel or forward of the lease on u.
+// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go.
 func (l *Lease) holdLocked(u *upstream) {
+	if l.gone {
+		return
+	}
 	l.holds[u]++
 	u.leases[l] = struct{}{}
 }
@@ -106,6 +112,26 @@ func (l *Lease) unholdLocked(u *upstream) {
 		delete(l.holds, u)
 		u.letGoLocked(l)
 	}
+}
+
+// unholdSoonLocked is unholdLocked for a channel that has ended. If that was because of the connection, the lease must
+// hold that still to hear of it; and a connection that is closed as soon as nobody holds it would look like the reason
+// (Channel.ClosedInOrder).
+func (l *Lease) unholdSoonLocked(u *upstream) {
+	if u == l.home {
+		l.unholdLocked(u)
+		return
+	}
+	l.pool.wg.Go(func() {
+		t := time.NewTimer(2 * overGrace)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-u.dead:
+		case <-l.pool.ctx.Done():
+		}
+		l.unhold(u)
+	})
 }
 
 func (l *Lease) unhold(u *upstream) {
@@ -177,18 +203,25 @@ func (l *Lease) homeNow(ctx context.Context) (*upstream, error) {
 
 func (l *Lease) homeLocked(waited time.Duration) (*upstream, <-chan struct{}, error) {
 	p := l.pool
+	if l.gone {
+		return nil, nil, errGone
+	}
 	if l.home != nil {
 		return l.home, nil, nil // also when it is down: its loss is on its way
 	}
 	lane := Lane{Agent: l.key.lane}
+	var best *upstream
 	for _, u := range p.ups {
-		if l.mayUseLocked(u) && u.lane.Agent == lane.Agent {
-			l.setHomeLocked(u)
-			return u, nil, nil
+		if l.mayUseLocked(u) && u.lane.Agent == lane.Agent && (best == nil || u.lane.Class < best.lane.Class) {
+			best = u
 		}
 	}
+	if best != nil {
+		l.setHomeLocked(best)
+		return best, nil, nil
+	}
 	g := p.growths[l.laneKey(lane)]
-	if !l.silent || l.gone || waited > slotTime || g != nil && time.Since(g.failed) < growPause {
+	if !l.silent || waited > slotTime || g != nil && time.Since(g.failed) < growPause {
 		return nil, nil, errLost
 	}
 	return nil, p.growLocked(l, lane), nil

@@ -41,8 +41,13 @@ type Pool struct {
 
 // New returns an empty pool. The gate is asked for jumps through pooled upstreams. Close ends it and waits.
 func New(d Dialer, r Retainer, gate use.Gate, log zerolog.Logger) *Pool {
+	return newWithClock(d, r, gate, log, time.Now)
+}
+
+// newWithClock is New; clock tells the wall-clock time, which may jump.
+func newWithClock(d Dialer, r Retainer, gate use.Gate, log zerolog.Logger, clock func() time.Time) *Pool {
 	p := &Pool{
-		dialer: d, retainer: r, gate: gate, log: log, clock: time.Now, flights: map[flightKey]*flight{},
+		dialer: d, retainer: r, gate: gate, log: log, clock: clock, flights: map[flightKey]*flight{},
 		growths: map[laneKey]*growth{}, learned: map[string]map[string]bool{}, wake: make(chan struct{}),
 		quiet: map[string]chan struct{}{},
 	}

@@ -22,9 +22,9 @@ type probe struct {
 	err  error
 }
 
-// suspectLocked tells whether the last probe has failed, and nothing has come since.
+// suspectLocked tells whether the last probe has failed, and nothing has come since. It compares no times: clocks are set.
 func (u *upstream) suspectLocked() bool {
-	return !u.suspect.IsZero() && !u.conn.LastHeard().After(u.suspect)
+	return !u.suspect.IsZero() && u.conn.LastHeard().Equal(u.suspect)
 }
 
 // checked returns nil if the server is known to live, after asking it if it has been silent. Otherwise the upstream takes
@@ -57,6 +57,7 @@ func (u *upstream) probe() *probe {
 		// Not a global request: that would wait behind others that the server is slow to answer. Any reply will do.
 		ask = func() { go func() { _, _ = o.ch.SendRequest("keepalive@openssh.com", true, nil) }() }
 	}
+	heard := u.conn.LastHeard()
 	p.wg.Go(func() {
 		ctx, cancel := context.WithTimeout(p.ctx, probeTime)
 		defer cancel()
@@ -65,7 +66,7 @@ func (u *upstream) probe() *probe {
 		p.mu.Lock()
 		u.probing = nil
 		if q.err != nil && p.ctx.Err() == nil {
-			u.suspect = time.Now()
+			u.suspect = heard
 			p.log.Warn().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Err(q.err).Dur("after", time.Since(began)).
 				Msg("no sign of life; no new clients until there is one")
 		}

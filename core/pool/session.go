@@ -11,8 +11,15 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-// refusedPause is how long a session waits before it asks a connection again that was thought to have room.
-const refusedPause = 100 * time.Millisecond
+const (
+	// refusedPause is how long a session waits before it asks a connection again that was thought to have room: the server
+	// may need a moment to forget a session that has ended.
+	refusedPause = 100 * time.Millisecond
+	// After maxRefused refusals in a row a connection that was thought to have room counts as full for fullTime: what an
+	// ended session has left running still counts for sshd.
+	maxRefused = 3
+	fullTime   = time.Second
+)
 
 // Session opens a session channel (RFC 4254 section 6.1) on an upstream of the lane, or takes the spare that one keeps.
 // permit is of the kind that starts on it, or attach. If the server allows no more sessions on one connection, another is
@@ -34,7 +41,7 @@ func (l *Lease) Session(ctx context.Context, permit *use.Permit, lane Lane, wait
 		g := p.growthLocked(l.laneKey(lane))
 		g.waiting++
 		p.mu.Unlock()
-		pause := sayAfter
+		pause := lookEvery
 		if u != nil {
 			var ch *Channel
 			var reqs <-chan *ssh.Request
@@ -57,7 +64,7 @@ func (l *Lease) Session(ctx context.Context, permit *use.Permit, lane Lane, wait
 		if err != nil {
 			return nil, nil, err
 		}
-		if waiting != nil && time.Since(began) > sayAfter {
+		if waiting != nil && time.Since(began) >= sayAfter {
 			waiting()
 			waiting = nil
 		}
@@ -65,10 +72,12 @@ func (l *Lease) Session(ctx context.Context, permit *use.Permit, lane Lane, wait
 }
 
 func (l *Lease) stopWaiting(g *growth) {
-	l.pool.mu.Lock()
+	p := l.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	g.waiting--
-	l.pool.quietLocked(l.key.key)
-	l.pool.mu.Unlock()
+	p.dropGrowthsLocked()
+	p.quietLocked(l.key.key)
 }
 
 // wake returns when there is news, or after a time. The error is that of ctx.
@@ -96,7 +105,10 @@ type sessions struct {
 	open  int
 	most  int // that were open at a time
 	limit int // 0: not known
-	spare *opening
+	// refused are refusals in a row since one was opened or has ended, the last at refusedAt.
+	refused   int
+	refusedAt time.Time
+	spare     *opening
 	// noSpare: the server does not bear a session that does nothing.
 	noSpare bool
 }
@@ -114,7 +126,8 @@ type opening struct {
 // hasRoomLocked tells whether the server is not known to refuse another session. A spare that nobody has taken is room.
 func (u *upstream) hasRoomLocked() bool {
 	s := &u.sessions
-	return s.spare != nil || s.limit == 0 || s.count < s.limit
+	full := s.refused >= maxRefused && time.Since(s.refusedAt) < fullTime
+	return s.spare != nil || s.limit == 0 || s.count < s.limit && !full
 }
 
 // keepSpareLocked opens a spare, if there is none and room for one. Only OpenSSH's server is known to bear it.
@@ -153,14 +166,17 @@ func (u *upstream) openSessionLocked(spare bool) *opening {
 		s := &u.sessions
 		if err == nil {
 			s.open++
+			s.refused = 0
 			s.most = max(s.most, s.open)
 			s.limit = max(s.limit, min(s.limit, 1)*s.most) // replies are told out of order
 			return
 		}
 		s.count--
 		if refused := (*ssh.OpenChannelError)(nil); errors.As(err, &refused) {
+			s.refused++
+			s.refusedAt = time.Now()
 			switch {
-			case s.count > 0:
+			case s.count > 0 || s.most > 0:
 				s.limit = max(s.most, 1)
 				o.err = fmt.Errorf("%w: %w", errFull, err)
 			case spare: // as for a server that is only jumped through (MaxSessions 0)
@@ -221,6 +237,7 @@ func (u *upstream) sessionEndedLocked(c *Channel) {
 	s := &u.sessions
 	s.count--
 	s.open--
+	s.refused = 0
 	if o := s.spare; o != nil && o.ch == c {
 		s.spare = nil
 		s.noSpare = true // the server closes sessions that do nothing

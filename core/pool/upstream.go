@@ -37,7 +37,7 @@ type upstream struct {
 	agents   map[*Channel]*agentOwner // of the sessions that forward their client's agent
 	agentReq *agentReq                // the one that the server honours; nil: not asked yet
 	probing  *probe                   // under way
-	suspect  time.Time                // when a probe failed; a sign of life after that counts again
+	suspect  time.Time                // LastHeard when a probe failed, until it changes
 	draining bool
 	reason   error  // why we closed it, for its clients
 	idle     uint64 // counts the times that the last client left; a decision about an older idle is void
@@ -208,6 +208,7 @@ const (
 // release is called when the last client has left: it asks how long the upstream stays, and closes it when that is
 // over and nobody came. One beside others of its target stays for their clients, but not beyond them.
 func (u *upstream) release(idle uint64) {
+	lingered := false
 	for {
 		u.pool.mu.Lock()
 		info := u.infoLocked()
@@ -216,8 +217,9 @@ func (u *upstream) release(idle uint64) {
 		wait := time.Duration(0)
 		switch {
 		case info.State != Up || u.conn.Down():
-		case quiet != nil:
+		case quiet != nil && !(extra && lingered):
 			wait = lingerTime
+			lingered = true
 		case !extra:
 			ctx, cancel := context.WithTimeout(u.pool.ctx, 10*time.Second)
 			wait = time.Until(u.pool.retainer.Retain(ctx, info))
@@ -240,9 +242,6 @@ func (u *upstream) release(idle uint64) {
 		t.Stop()
 		if !u.stillIdle(idle) {
 			return
-		}
-		if quiet != nil && extra {
-			break
 		}
 	}
 	u.pool.mu.Lock()

@@ -17,9 +17,6 @@ import (
 // upstream says beforehand that its transport failed, but for a DISCONNECT or a protocol error only right after.
 const eofGrace = 10 * time.Millisecond
 
-// buffers hold one channel packet's data each (RFC 4254 section 5.2: OpenSSH and x/crypto take 32 KiB).
-var buffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
-
 // link joins a client's channel to an upstream's.
 type link struct {
 	relay      *Relay
@@ -193,14 +190,16 @@ func (k *link) serverLives() bool {
 
 // copy moves data until src ends; nil means that it ended by EOF.
 func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) error {
-	buf := buffers.Get().(*[32 << 10]byte)
-	defer buffers.Put(buf)
+	var b buffer
+	defer b.release()
 	for {
-		n, err := src.Read(buf[:])
+		buf := b.next()
+		n, err := src.Read(buf)
 		if n > 0 {
 			if _, err := dst.Write(buf[:n]); err != nil {
 				return err
 			}
+			b.took(n)
 			k.moved(count.Add(int64(n)), int64(n))
 			if up {
 				k.server.Count(int64(n), 0)

@@ -124,6 +124,7 @@ type world struct {
 	requests <-chan *ssh.Request
 	tcp      net.Conn // the server's end
 	audit    string
+	lane     pool.Lane // that the clients are expected to need
 }
 
 // Dial implements pool.Dialer: the server's channels and global requests are left to the test.
@@ -214,7 +215,7 @@ func (w *world) connect(openSSH bool) *client {
 		t.Fatal(denied)
 	}
 	lease, err := w.pool.Acquire(context.Background(), permit,
-		pool.Spec{Target: target, Config: &sshconfig.Resolved{Options: map[string][]string{}}}, nil)
+		pool.Spec{Target: target, Config: &sshconfig.Resolved{Options: map[string][]string{}}, Lane: w.lane}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/rs/zerolog"
 	"golang.org/x/crypto/ssh"
 
+	"github.com/muxproxy/muxproxy/core/coalesce"
 	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
 )
@@ -30,7 +31,8 @@ const (
 // transport is the stream below an SSH connection. It notes every sign of life, and the first reason to end before
 // x/crypto/ssh hears of it.
 type transport struct {
-	net.Conn
+	*coalesce.Conn
+	raw  net.Conn // below it
 	host string
 
 	in   atomic.Int64 // bytes read
@@ -55,7 +57,7 @@ type transport struct {
 const maxEarly = 1024
 
 func newTransport(c net.Conn, host string) *transport {
-	t := &transport{Conn: c, host: host}
+	t := &transport{Conn: coalesce.New(c), raw: c, host: host}
 	t.last.Store(time.Now().UnixNano())
 	return t
 }
@@ -212,7 +214,7 @@ func (t *transport) identification() string {
 
 // reap waits for what Close has told to end.
 func (t *transport) reap() {
-	if p, ok := t.Conn.(*proxyConn); ok {
+	if p, ok := t.raw.(*proxyConn); ok {
 		p.wait()
 	}
 }

@@ -47,7 +47,7 @@ func (c *conn) Mark(class pool.Class) {
 	if class == pool.Bulk {
 		value = c.qos.bulk
 	}
-	tcp, ok := c.t.Conn.(*net.TCPConn)
+	tcp, ok := c.t.raw.(*net.TCPConn)
 	if !ok || value < 0 {
 		return
 	}

@@ -30,11 +30,12 @@ const (
 	loginTimeout = 120 * time.Second
 	// proxyTimeout takes the place of a ConnectTimeout that is not set where a ProxyCommand connects.
 	proxyTimeout = 10 * time.Minute
-	// rekeyThreshold keeps x/crypto/ssh from starting a key exchange on its own: one that it starts while both sides send
-	// at full speed can leave both waiting for each other for ever; one that the peer starts can't. It is so high for every
+	// rekeyThreshold keeps x/crypto/ssh from starting a key exchange on its own. From its KEXINIT on it holds back what it is
+	// to send, at most 64 packets; then its reader, too, waits as soon as it has to answer a CLOSE, and never reads the
+	// peer's KEXINIT: the connection is frozen for ever. Of one that the peer starts, that is read by then. It is so high for every
 	// peer, since the configuration is fixed before the peer says who it is. OpenSSH starts one by its own RekeyLimit: after
 	// 1 GiB (64 GiB with AES), as RFC 4253 section 9 and RFC 4344 section 3.2 want. x/crypto/ssh's own limit of 2^31
-	// packets for each direction remains.
+	// packets for each direction remains (RFC 4344 section 3.1).
 	rekeyThreshold = 1 << 62
 	// maxBanners is how many bytes of banners are shown.
 	maxBanners = 64 << 10
@@ -283,6 +284,7 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 		a := m.Algorithms()
 		login.negotiated(a)
 		info.Kex, info.Cipher = a.KeyExchange, a.Write.Cipher
+		t.Join(a.Write.Cipher)
 		info.PostQuantum = postQuantum(a.KeyExchange)
 	}
 	via := remote
@@ -334,7 +336,7 @@ func (d *dialing) explain(t *transport, login *login, hostKeyErr, err error) err
 		if said := t.preamble(); said != "" {
 			e.Msg += `; it said "` + use.Printable(said) + `"`
 		}
-		if p, ok := t.Conn.(*proxyConn); ok {
+		if p, ok := t.raw.(*proxyConn); ok {
 			e.Msg = p.failure()
 		}
 	case t.failure() != nil && login.started:

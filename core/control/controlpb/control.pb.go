@@ -173,6 +173,9 @@ type Upstream struct {
 	Channels      int64                  `protobuf:"varint,15,opt,name=channels,proto3" json:"channels,omitempty"`
 	In            int64                  `protobuf:"varint,16,opt,name=in,proto3" json:"in,omitempty"`
 	Out           int64                  `protobuf:"varint,17,opt,name=out,proto3" json:"out,omitempty"`
+	Sessions      int64                  `protobuf:"varint,18,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	MaxSessions   int64                  `protobuf:"varint,19,opt,name=max_sessions,json=maxSessions,proto3" json:"max_sessions,omitempty"` // 0: not known
+	Suspect       bool                   `protobuf:"varint,20,opt,name=suspect,proto3" json:"suspect,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -324,6 +327,27 @@ func (x *Upstream) GetOut() int64 {
 		return x.Out
 	}
 	return 0
+}
+
+func (x *Upstream) GetSessions() int64 {
+	if x != nil {
+		return x.Sessions
+	}
+	return 0
+}
+
+func (x *Upstream) GetMaxSessions() int64 {
+	if x != nil {
+		return x.MaxSessions
+	}
+	return 0
+}
+
+func (x *Upstream) GetSuspect() bool {
+	if x != nil {
+		return x.Suspect
+	}
+	return false
 }
 
 // Client is one local ssh connection.
@@ -571,6 +595,7 @@ type Channel struct {
 	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
 	In            int64                  `protobuf:"varint,4,opt,name=in,proto3" json:"in,omitempty"`
 	Out           int64                  `protobuf:"varint,5,opt,name=out,proto3" json:"out,omitempty"`
+	Upstream      uint64                 `protobuf:"varint,6,opt,name=upstream,proto3" json:"upstream,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -636,6 +661,13 @@ func (x *Channel) GetIn() int64 {
 func (x *Channel) GetOut() int64 {
 	if x != nil {
 		return x.Out
+	}
+	return 0
+}
+
+func (x *Channel) GetUpstream() uint64 {
+	if x != nil {
+		return x.Upstream
 	}
 	return 0
 }
@@ -1226,7 +1258,7 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\asockets\x18\x04 \x01(\tR\asockets\x12\x1a\n" +
 	"\bdraining\x18\x05 \x01(\bR\bdraining\x12;\n" +
 	"\tupstreams\x18\x06 \x03(\v2\x1d.muxproxy.control.v1.UpstreamR\tupstreams\x125\n" +
-	"\aclients\x18\a \x03(\v2\x1b.muxproxy.control.v1.ClientR\aclients\"\xc9\x03\n" +
+	"\aclients\x18\a \x03(\v2\x1b.muxproxy.control.v1.ClientR\aclients\"\xa2\x04\n" +
 	"\bUpstream\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x12\n" +
@@ -1246,7 +1278,10 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\aclients\x18\x0e \x01(\x03R\aclients\x12\x1a\n" +
 	"\bchannels\x18\x0f \x01(\x03R\bchannels\x12\x0e\n" +
 	"\x02in\x18\x10 \x01(\x03R\x02in\x12\x10\n" +
-	"\x03out\x18\x11 \x01(\x03R\x03out\"\x97\x02\n" +
+	"\x03out\x18\x11 \x01(\x03R\x03out\x12\x1a\n" +
+	"\bsessions\x18\x12 \x01(\x03R\bsessions\x12!\n" +
+	"\fmax_sessions\x18\x13 \x01(\x03R\vmaxSessions\x12\x18\n" +
+	"\asuspect\x18\x14 \x01(\bR\asuspect\"\x97\x02\n" +
 	"\x06Client\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x14\n" +
@@ -1265,13 +1300,14 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x03exe\x18\x03 \x01(\fR\x03exe\x12\x12\n" +
 	"\x04args\x18\x04 \x03(\fR\x04args\x12\x10\n" +
 	"\x03cwd\x18\x05 \x01(\fR\x03cwd\x12\x10\n" +
-	"\x03tty\x18\x06 \x01(\tR\x03tty\"\x89\x01\n" +
+	"\x03tty\x18\x06 \x01(\tR\x03tty\"\xa5\x01\n" +
 	"\aChannel\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06detail\x18\x02 \x01(\tR\x06detail\x120\n" +
 	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x0e\n" +
 	"\x02in\x18\x04 \x01(\x03R\x02in\x12\x10\n" +
-	"\x03out\x18\x05 \x01(\x03R\x03out\"'\n" +
+	"\x03out\x18\x05 \x01(\x03R\x03out\x12\x1a\n" +
+	"\bupstream\x18\x06 \x01(\x04R\bupstream\"'\n" +
 	"\rExistsRequest\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\"(\n" +
 	"\x0eExistsResponse\x12\x16\n" +
