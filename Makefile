@@ -36,7 +36,7 @@ bench: build
 test:
 	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
-		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh \
+		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
 		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper \
 		python3.grpc:python3-grpcio python3.google.protobuf:python3-protobuf \
 		protoc:protobuf-compiler grpc_python_plugin:protobuf-compiler-grpc

@@ -83,6 +83,9 @@ func breaches(pkgs map[string]pkg) []string {
 			if (slices.Contains(apart, name) || name == "core/pool" || name == "core/relay") && slices.Contains(apart, d) {
 				report(p, "depends on %s: an interface belongs between them", d)
 			}
+			if name == "core/policy" && d != "" && !slices.Contains([]string{"core/use", "core/paths", "core/wire", "core/sshconfig"}, d) {
+				report(p, "depends on %s: it only looks things up", d)
+			}
 			if under(name, "core/plugin") && under(d, "core") && !under(d, "core/plugin") {
 				report(p, "depends on %s: it is all that plugin authors import", d)
 			}
@@ -135,7 +138,8 @@ func TestRules(t *testing.T) {
 	for _, goos := range []string{"linux", "darwin", "windows"} {
 		t.Run(goos, func(t *testing.T) {
 			pkgs := load(t, goos)
-			for _, name := range []string{"cmd/muxproxy", "cmd/muxproxyd", "core/use", "core/control/controlpb", "core/plugin/pluginpb"} {
+			for _, name := range []string{"cmd/muxproxy", "cmd/muxproxyd", "core/use", "core/policy", "core/control/controlpb",
+				"core/plugin/pluginpb"} {
 				if _, ok := pkgs[module+name]; !ok {
 					t.Errorf("%s is not among the %d packages found", name, len(pkgs))
 				}
@@ -163,6 +167,7 @@ func TestRulesBite(t *testing.T) {
 		{"cmd/muxproxyd", []string{"plugins/confirm"}, nil, nil, "", ""},
 		{"cmd/muxproxy", nil, []string{"core/wire", "core/bridge", "core/sshconfig", "core/paths", "golang.org/x/sys/unix", "fmt"}, nil, "", ""},
 		{"cmd/muxproxy", nil, []string{"core/use"}, nil, "", "started for every ssh"},
+		{"cmd/muxproxy", nil, []string{"core/policy"}, nil, "", "started for every ssh"},
 		{"cmd/muxproxy", nil, []string{x}, nil, "", "started for every ssh"},
 		{"cmd/muxproxy", nil, []string{"golang.org/x/sysother"}, nil, "", "started for every ssh"},
 		{"plugins/confirm", []string{"core/plugin", x}, nil, nil, "", ""},
@@ -175,6 +180,8 @@ func TestRulesBite(t *testing.T) {
 		{"core/local", nil, []string{"core/upstream"}, nil, "", "interface belongs between"},
 		{"core/upstream", nil, []string{"core/policy"}, nil, "", "interface belongs between"},
 		{"core/policy", nil, []string{"core/local"}, nil, "", "interface belongs between"},
+		{"core/policy", nil, []string{"core/use", "core/paths", "core/wire", "github.com/hashicorp/hcl/v2"}, nil, "", ""},
+		{"core/policy", nil, []string{"core/master"}, nil, "", "only looks things up"},
 		{"core/pool", nil, []string{"core/upstream"}, nil, "", "interface belongs between"},
 		{"core/relay", nil, []string{"core/local"}, nil, "", "interface belongs between"},
 		{"core/master", nil, []string{"core/local", "core/upstream"}, nil, "", ""},

@@ -123,6 +123,15 @@ func TestWhatCantBeShared(t *testing.T) {
 			plain:  never,
 		},
 		{
+			name: "KnownHostsCommand",
+			files: func(w *world) {
+				w.write("commanded", w.read("known_hosts"))
+				w.write("known_hosts", "")
+			},
+			config: func(w *world) []string { return []string{"KnownHostsCommand /bin/cat " + w.path("commanded")} },
+			has:    []string{"KnownHostsCommand"},
+		},
+		{
 			name: "RevokedHostKeys with a KRL",
 			files: func(w *world) {
 				// It revokes a key that nobody has.

@@ -3,9 +3,12 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
+
+	"golang.org/x/crypto/ssh"
 )
 
 // hops is a chain of hosts: each has an sshd of its own behind a proxy that counts, and takes one key only.
@@ -246,6 +249,23 @@ func TestTwoAliasesHaveTheRightsOfTheirKeys(t *testing.T) {
 	})
 }
 
+// Who offers no key has not the rights of one: they are often restricted where a password's are not.
+func TestAClientWithoutKeysDoesNotRideAKeysConnection(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		first := w.hold()
+		for _, option := range []string{"PubkeyAuthentication=no", "PreferredAuthentications=password,keyboard-interactive"} {
+			want(t, w.ssh("-o", option, "box", "echo in"), 255, "")
+		}
+		// Ansible's defaults ride on what a person has logged in.
+		want(t, w.ssh("-oPasswordAuthentication=no", "-oKbdInteractiveAuthentication=no",
+			"-oPreferredAuthentications=gssapi-with-mic,gssapi-keyex,hostbased,publickey", "box", "echo in"), 0, "in\n")
+		if first.echo("still here"); w.mode != plain {
+			w.connections(3) // two of them were turned down
+		}
+		first.release()
+	})
+}
+
 func TestIPv6(t *testing.T) {
 	forEach(t, func(t *testing.T, w *world) {
 		port := w.sshdAlso("::1")
@@ -277,4 +297,39 @@ func TestAProxyCommandOfTheUsersOwn(t *testing.T) {
 		}
 		first.release()
 	})
+}
+
+// A ProxyCommand that goes by the name as typed can lead two names of one address to two machines.
+func TestAProxyCommandThatGoesByTheNameAsTyped(t *testing.T) {
+	for _, token := range []string{"%n", "%k"} {
+		t.Run(token[1:], func(t *testing.T) {
+			forEach(t, func(t *testing.T, w *world) {
+				for _, name := range []string{"one", "two"} {
+					key, _ := ssh.ParsePrivateKey([]byte(w.read("id")))
+					d := w.newDoor(&ssh.ServerConfig{
+						BannerCallback: func(ssh.ConnMetadata) string { return "this is " + name + "\n" },
+						PublicKeyCallback: func(_ ssh.ConnMetadata, k ssh.PublicKey) (*ssh.Permissions, error) {
+							if string(k.Marshal()) != string(key.PublicKey().Marshal()) {
+								return nil, errors.New("wrong key")
+							}
+							return nil, nil
+						},
+					})
+					w.write("port_of_"+name, fmt.Sprint(d.port()))
+				}
+				way := w.script("way", fmt.Sprintf("#!/bin/sh\nexec nc 127.0.0.1 `cat %s$1`\n", w.path("port_of_")))
+				w.write("of_box", "box.invalid "+publicKey("ed25519")+"\n")
+				conf := w.interactive("names.conf", 22, fmt.Sprintf("HostName box.invalid\nUserKnownHostsFile %s\nProxyCommand %s %s\n",
+					w.path("of_box"), way, token))
+				first := w.start(spec{args: []string{"ssh", "-F", conf, "one", "hold"}})
+				first.expect("held\n")
+				r := w.noTTY(conf, "two", "who").wait(patience)
+				want(t, r, 0, "in as "+me+"\n")
+				if !strings.Contains(r.err, "this is two") {
+					t.Errorf("it came to another machine: %q", r.err)
+				}
+				first.release()
+			})
+		})
+	}
 }

@@ -115,12 +115,11 @@ func TestAWaitingSessionSaysSo(t *testing.T) {
 		d, _ := w.passwordDoor("sesame")
 		d.sessions = 1
 		conf := w.interactive("slots.conf", d.port(), "")
-		first, second := w.tty(conf, "-T", "box", "hold"), (*proc)(nil)
+		first := w.tty(conf, "-T", "box", "hold")
 		first.expect("password: ")
-		second = w.noTTY(conf, "box", "who")
-		w.waiting(2)
 		first.send("sesame\n")
 		first.expect("held")
+		second := w.noTTY(conf, "box", "who")
 		line := "muxproxy: waiting for a free session of the connection to 127.0.0.1:" + fmt.Sprint(d.port()) + "\n"
 		second.expectErr(line)
 		first.send("\x04")

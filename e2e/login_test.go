@@ -109,7 +109,8 @@ func TestOptionsDecideAsInPlainSSH(t *testing.T) {
 			{option: "Port", lines: "Port {free}", status: out},
 			{option: "Port", lines: "Port {free}", args: []string{"-p", "{port}"}},
 			{option: "Port", args: []string{"-oPort={free}"}, status: out},
-			{option: "destination", host: "ssh://{me}@box:{port}", lines: "Port {free}\nUser e2e-nobody"},
+			{option: "destination", host: "ssh://{me}@box:{port}",
+				lines: "Port {free}\nUser e2e-nobody\nMatch user e2e-nobody\n  PubkeyAuthentication no"},
 			{option: "destination", host: "ssh://{me}@box:{free}", status: out},
 			{option: "User", lines: "User {me}"},
 			{option: "User", lines: "User e2e-nobody", status: out},
@@ -341,6 +342,33 @@ func TestARelativeConfigurationIsOfSSHsDirectory(t *testing.T) {
 		// A file that is there in one directory only.
 		must(t, os.Remove(w.path("wrong/conf")))
 		want(t, w.run(spec{args: []string{"ssh", "-F", "conf", "box", "echo in"}, dir: w.path("wrong"), null: true}), out, "")
+	})
+}
+
+// What ssh_config says now decides for the next client, also while a connection by its old words lives.
+func TestAChangedConfigurationCountsAtOnce(t *testing.T) {
+	forEach(t, func(t *testing.T, w *world) {
+		_, key := w.newKey("second")
+		w.write("right", "IdentityFile "+w.path("id")+"\n")
+		w.write("wrong", "IdentityFile "+w.path("second")+"\n")
+		included := w.write("included", w.read("right"))
+		conf := w.interactive("changed.conf", w.sshd, "BatchMode yes\nInclude "+included+"\nIdentityFile none")
+		run := func(status int, stdout string) {
+			t.Helper()
+			want(t, w.noTTY(conf, "box", "echo in").wait(patience), status, stdout)
+		}
+		first := w.start(spec{args: []string{"ssh", "-F", conf, "box", "cat"}})
+		first.echo("held")
+		run(in, "in\n")
+		run(in, "in\n")
+		w.write("included", w.read("wrong"))
+		run(out, "")
+		w.allow(key)
+		run(in, "in\n")
+		w.write("included", w.read("right"))
+		run(in, "in\n")
+		first.echo("still here")
+		first.release()
 	})
 }
 

@@ -243,12 +243,20 @@ func ours() []int {
 			if strings.HasPrefix(exe, binDir+"/") && binDir != "" {
 				pids = append(pids, pid)
 			}
-		case filepath.Base(args[0]) == "muxproxyd" && before[pid] == nil:
+		case filepath.Base(args[0]) == "muxproxyd" && before[pid] == nil && isMine(pid):
 			// A master is not dumpable, so only root may see what it executes.
 			pids = append(pids, pid)
 		}
 	}
 	return pids
+}
+
+// isMine tells whether a process runs as this user. Its folder in /proc is root's if it is not dumpable.
+func isMine(pid int) bool {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	_, rest, _ := strings.Cut(string(text), "\nUid:\t")
+	uid, _, _ := strings.Cut(rest, "\t")
+	return uid == strconv.Itoa(os.Getuid())
 }
 
 // processes returns the arguments of every process that has any, by process id. They are readable for everyone, unlike

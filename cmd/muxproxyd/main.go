@@ -30,11 +30,12 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	os.Exit(run(ctx, &app{stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv, now: time.Now}, os.Args[1:]))
+	os.Exit(run(ctx, &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv, now: time.Now}, os.Args[1:]))
 }
 
 // app is what commands get of the world around them.
 type app struct {
+	stdin          io.Reader
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	now            func() time.Time
@@ -122,7 +123,7 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 	root.SetErr(a.stderr)
 	root.AddCommand(
 		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
-		newDemo(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
+		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
 	)
 	return root
 }

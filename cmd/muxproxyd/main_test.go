@@ -32,9 +32,10 @@ var noon = time.Date(2026, 3, 4, 12, 0, 0, 0, time.UTC)
 
 // world is a user's home with room for a master.
 type world struct {
-	t    *testing.T
-	env  map[string]string
-	dirs paths.Dirs
+	t     *testing.T
+	env   map[string]string
+	dirs  paths.Dirs
+	stdin string
 }
 
 func newWorld(t *testing.T) *world {
@@ -85,7 +86,7 @@ func (w *world) serve(b *fakeMaster) (stop func()) {
 func (w *world) run(args ...string) (status int, stdout, stderr string) {
 	w.t.Helper()
 	var out, errOut bytes.Buffer
-	a := &app{stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon }}
+	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon }}
 	status = run(w.t.Context(), a, args)
 	return status, out.String(), errOut.String()
 }
@@ -98,9 +99,11 @@ const (
 )
 
 type fakeMaster struct {
-	status control.Status
-	err    error
-	end    func()
+	status   control.Status
+	reloaded control.Reloaded
+	left     use.LockState // after unlock
+	err      error
+	end      func()
 
 	mu    sync.Mutex // guards what follows
 	calls []string
@@ -136,6 +139,18 @@ func (f *fakeMaster) Stop(_ context.Context, _ use.Caller, drain bool) error {
 		f.end()
 	}
 	return err
+}
+func (f *fakeMaster) Reload(context.Context, use.Caller, bool) (control.Reloaded, error) {
+	return f.reloaded, f.call("reload")
+}
+func (f *fakeMaster) Lock(_ context.Context, _ use.Caller, passphrase []byte) error {
+	return f.call("lock " + string(passphrase))
+}
+func (f *fakeMaster) Unlock(_ context.Context, _ use.Caller, passphrase []byte) (use.LockState, error) {
+	if string(passphrase) == "wrong" {
+		return use.LockState{Locked: true}, use.ErrPassphrase
+	}
+	return f.left, f.call("unlock " + string(passphrase))
 }
 func (f *fakeMaster) HostKeys() (plain, ca []string) {
 	return []string{plainKey}, []string{caKey}
@@ -200,7 +215,9 @@ func busy() control.Status {
 func TestStatusTable(t *testing.T) {
 	for name, s := range map[string]control.Status{
 		"status-busy": busy(),
-		"status-idle": {Version: "1.2.3", PID: 4000, Since: noon, Sockets: "/run/user/1000/muxproxy", Draining: true},
+		"status-idle": {Version: "1.2.3", PID: 4000, Since: noon, Sockets: "/run/user/1000/muxproxy", Draining: true,
+			Policy: "/home/me/.config/muxproxy/config.hcl",
+			Lock:   use.LockState{Locked: true, By: []string{"person", "screen"}, Since: noon.Add(-3 * time.Minute)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/signal"
 	"runtime"
 	"syscall"
@@ -47,6 +48,18 @@ last client.`,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterStop(cmd.Context(), a, drain) },
 	}
 	stop.Flags().BoolVar(&drain, "drain", false, "take no new clients and end with the last one")
+	var asJSON bool
+	reload := &cobra.Command{
+		Use:   "reload [--json]",
+		Short: "read the policy file again",
+		Long: `Has the master read its policy file again, which it does by itself when the
+file changes. New uses see the new policy, connections go on. A file with errors
+changes nothing: they are printed, and it ends with 1.`,
+		Example: "  muxproxy master reload",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterReload(cmd.Context(), a, asJSON) },
+	}
+	reload.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.AddCommand(
 		&cobra.Command{
 			Use:   "start",
@@ -58,6 +71,7 @@ connections.`,
 			RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterStart(cmd.Context(), a) },
 		},
 		stop,
+		reload,
 		&cobra.Command{
 			Use:   "dump",
 			Short: "print the master's inner state for a bug report",
@@ -79,11 +93,21 @@ func runMaster(ctx context.Context, a *app) error {
 	// small as a master's. Every packet is an allocation in x/crypto/ssh. More would put off what is memory until then.
 	ballast := make([]byte, 4<<20)
 	defer runtime.KeepAlive(ballast)
-	signal.Ignore(syscall.SIGHUP) // of the terminal that it may have been started on
-	log := zerolog.New(a.stderr).Level(zerolog.InfoLevel).With().Timestamp().Logger()
-	if a.getenv("MUXPROXY_DEBUG") == "1" {
-		log = log.Level(zerolog.DebugLevel)
+	hangup := make(chan os.Signal, 1) // also from a terminal that it was started on, which does no harm
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	level := func(name string) { // for all loggers that are made of this one, at any time
+		l, err := zerolog.ParseLevel(name)
+		if err != nil {
+			l = zerolog.InfoLevel
+		}
+		if a.getenv("MUXPROXY_DEBUG") == "1" {
+			l = min(l, zerolog.DebugLevel)
+		}
+		zerolog.SetGlobalLevel(l)
 	}
+	level("info")
+	log := zerolog.New(a.stderr).With().Timestamp().Logger()
 	notify := func(unset bool, state string) {
 		if _, err := daemon.SdNotify(unset, state); err != nil {
 			log.Warn().Err(err).Msg("can't tell whoever started this master how it goes")
@@ -96,7 +120,7 @@ func runMaster(ctx context.Context, a *app) error {
 	if err == nil {
 		err = master.Run(ctx, master.Options{
 			Dirs: dirs, Log: log, Version: readVersion().Version, Getenv: a.getenv,
-			Ready: func() { notify(true, daemon.SdNotifyReady) },
+			Ready: func() { notify(true, daemon.SdNotifyReady) }, LogLevel: level, Hangup: hangup,
 		})
 	}
 	if err != nil {
@@ -172,6 +196,33 @@ func waitForEnd(ctx context.Context, m *control.Master, pid int) error {
 		}
 	}
 	return nil
+}
+
+func runMasterReload(ctx context.Context, a *app, asJSON bool) error {
+	return a.withMaster(ctx, func(m *control.Master) error {
+		r, err := m.Reload(ctx, colors(a.stderr))
+		if err != nil {
+			return err
+		}
+		switch {
+		case asJSON:
+			err = a.printJSON(r)
+		default:
+			_, err = io.WriteString(a.stderr, r.Text)
+			if err == nil && r.InForce {
+				_, err = fmt.Fprintf(a.stdout, "the policy of %s is in force\n", use.Printable(r.File))
+			}
+		}
+		switch {
+		case err != nil:
+			return err
+		case !r.InForce && asJSON:
+			return &statusError{status: exitNo}
+		case !r.InForce:
+			return no("%s has errors: the policy that was in force still is", r.File)
+		}
+		return nil
+	})
 }
 
 func runMasterDump(ctx context.Context, a *app) error {

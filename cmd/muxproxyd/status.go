@@ -85,6 +85,12 @@ func printStatus(w io.Writer, s control.Status, now time.Time) error {
 	}
 	line(0, head)
 	line(0, "sockets: "+s.Sockets)
+	if s.Policy != "" {
+		line(0, "policy: "+s.Policy)
+	}
+	if s.Lock.Locked {
+		line(0, fmt.Sprintf("locked by %s for %s", strings.Join(s.Lock.By, ", "), age(s.Lock.Since, now)))
+	}
 	line(0, "")
 
 	if len(s.Upstreams) == 0 {

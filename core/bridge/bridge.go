@@ -196,7 +196,7 @@ func (b *bridge) talk(conn *net.UnixConn, h wire.Hello, dirs paths.Dirs) (status
 				return 0, resolved, fmt.Errorf("%w: it asked twice what ssh_config says", wire.ErrMalformed)
 			}
 			resolved = true
-			if err := b.resolve(w); err != nil {
+			if err := b.resolve(w, a.Via); err != nil {
 				return 0, resolved, err
 			}
 		case wire.Bypass:
@@ -267,14 +267,16 @@ func (b *bridge) stream(w *wire.Conn, mode wire.Mode, dirs paths.Dirs) int {
 	}
 }
 
-// resolve answers the master's question what ssh_config says, and brings the agent along.
-func (b *bridge) resolve(w *wire.Conn) error {
+// resolve answers the master's question what ssh_config says, and brings the agent along. via are policy's jump hosts, as
+// in wire.Answer.
+func (b *bridge) resolve(w *wire.Conn, via []string) error {
 	ctx, cancel := context.WithTimeoutCause(b.gone, resolveTimeout,
 		fmt.Errorf("ssh -G took longer than %s (a Match exec?); %s", resolveTimeout, bypassHint))
 	defer cancel()
 	config, err := sshconfig.Run(ctx, b.request())
 	var hops []sshconfig.Hop
 	if err == nil {
+		config.JumpVia(via)
 		hops, err = sshconfig.Hops(ctx, b.request(), config)
 	}
 	if ctx.Err() != nil {

@@ -3,6 +3,7 @@ package control
 
 import (
 	"context"
+	"encoding/json"
 	"time"
 
 	"github.com/muxproxy/muxproxy/core/use"
@@ -10,13 +11,15 @@ import (
 
 // Status is what the master holds at one moment. Its JSON form is what `muxproxy status --json` prints.
 type Status struct {
-	Version   string     `json:"version"`
-	PID       int        `json:"pid"`
-	Since     time.Time  `json:"since"`
-	Sockets   string     `json:"sockets"` // directory
-	Draining  bool       `json:"draining,omitempty"`
-	Upstreams []Upstream `json:"upstreams"`
-	Clients   []Client   `json:"clients"`
+	Version   string        `json:"version"`
+	PID       int           `json:"pid"`
+	Since     time.Time     `json:"since"`
+	Sockets   string        `json:"sockets"` // directory
+	Draining  bool          `json:"draining,omitempty"`
+	Policy    string        `json:"policy,omitempty"` // path of the file; "": there is none
+	Lock      use.LockState `json:"lock"`
+	Upstreams []Upstream    `json:"upstreams"`
+	Clients   []Client      `json:"clients"`
 }
 
 // Upstream is one SSH connection to a remote host.
@@ -65,6 +68,14 @@ type Channel struct {
 	Out      int64     `json:"out"`
 }
 
+// Reloaded is what came of reading the policy file. Its JSON form is what `muxproxy master reload --json` prints.
+type Reloaded struct {
+	File        string          `json:"file"`
+	InForce     bool            `json:"in_force"` // else the file has errors, and the policy that was in force still is
+	Text        string          `json:"-"`        // the diagnostics for a person
+	Diagnostics json.RawMessage `json:"diagnostics"`
+}
+
 // Backend is what the API asks of the master. Every changing call gets the caller and passes the gate in the backend;
 // a denial comes back as *use.Denied.
 type Backend interface {
@@ -77,6 +88,12 @@ type Backend interface {
 	Drain(ctx context.Context, by use.Caller, target string) (int, error)
 	// Stop ends the master: at once, or with its last client if drain is set.
 	Stop(ctx context.Context, by use.Caller, drain bool) error
+	// Reload reads the policy file. color allows ANSI colours in the text.
+	Reload(ctx context.Context, by use.Caller, color bool) (Reloaded, error)
+	// Lock locks; the passphrase may be empty. Unlock opens that, and returns what still locks; a wrong passphrase is
+	// use.ErrPassphrase.
+	Lock(ctx context.Context, by use.Caller, passphrase []byte) error
+	Unlock(ctx context.Context, by use.Caller, passphrase []byte) (use.LockState, error)
 	// HostKeys returns the public halves of the plain local host keys and of the CA, in authorized_keys form.
 	HostKeys() (plain, ca []string)
 	// Dump is text for a bug report: goroutines and state, no secrets.

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/muxproxy/muxproxy/core/control/controlpb"
+	"github.com/muxproxy/muxproxy/core/use"
 )
 
 const (
@@ -121,6 +122,41 @@ func (m *Master) Stop(ctx context.Context, drain bool) error {
 	defer cancel()
 	_, err := m.rpc.Stop(ctx, &controlpb.StopRequest{Drain: drain})
 	return statusToError(err)
+}
+
+// Reload has the master read its policy file. color allows ANSI colours in the text.
+func (m *Master) Reload(ctx context.Context, color bool) (Reloaded, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	r, err := m.rpc.Reload(ctx, &controlpb.ReloadRequest{Color: color})
+	if err != nil {
+		return Reloaded{}, statusToError(err)
+	}
+	return Reloaded{
+		File: r.GetFile(), InForce: r.GetInForce(), Text: string(r.GetText()), Diagnostics: r.GetDiagnostics(),
+	}, nil
+}
+
+// Lock stops all new uses; the passphrase, which may be empty, is needed to open it.
+func (m *Master) Lock(ctx context.Context, passphrase []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	_, err := m.rpc.Lock(ctx, &controlpb.LockRequest{Passphrase: passphrase})
+	return statusToError(err)
+}
+
+// Unlock opens what Lock has locked, and returns what still locks. A wrong passphrase is use.ErrPassphrase.
+func (m *Master) Unlock(ctx context.Context, passphrase []byte) (use.LockState, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	r, err := m.rpc.Unlock(ctx, &controlpb.UnlockRequest{Passphrase: passphrase})
+	if err != nil {
+		return use.LockState{}, statusToError(err)
+	}
+	if r.GetWrong() {
+		err = use.ErrPassphrase
+	}
+	return lockFromPB(r.GetLock()), err
 }
 
 // HostKeys returns the public halves of the plain local host keys and of the CA, in authorized_keys form.

@@ -3,6 +3,7 @@ package control_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -58,6 +59,19 @@ func (b *backend) Drain(ctx context.Context, by use.Caller, target string) (int,
 }
 func (b *backend) Stop(ctx context.Context, by use.Caller, drain bool) error {
 	return b.called(ctx, by, map[bool]string{true: "stop drain", false: "stop"}[drain])
+}
+func (b *backend) Reload(ctx context.Context, by use.Caller, color bool) (control.Reloaded, error) {
+	return control.Reloaded{File: "/c\xff", InForce: true, Text: "warning\xff", Diagnostics: []byte("[1]")},
+		b.called(ctx, by, fmt.Sprintf("reload %v", color))
+}
+func (b *backend) Lock(ctx context.Context, by use.Caller, passphrase []byte) error {
+	return b.called(ctx, by, "lock "+string(passphrase))
+}
+func (b *backend) Unlock(ctx context.Context, by use.Caller, passphrase []byte) (use.LockState, error) {
+	if string(passphrase) == "wrong" {
+		return use.LockState{Locked: true, By: []string{"person"}}, use.ErrPassphrase
+	}
+	return use.LockState{Locked: true, By: []string{"screen"}}, b.called(ctx, by, "unlock "+string(passphrase))
 }
 func (b *backend) HostKeys() (plain, ca []string) {
 	return []string{"ecdsa", "ed25519"}, []string{"ca"}
@@ -129,6 +143,7 @@ func fill(v reflect.Value) {
 		v.SetInt(1 << 40)
 	case reflect.Uint64:
 		v.SetUint(1 << 63)
+	case reflect.Map: // a caller's environment, which is nobody's to see
 	default:
 		panic(v.Type().String())
 	}
@@ -193,6 +208,19 @@ func TestCalls(t *testing.T) {
 	if err := m.Stop(t.Context(), false); err != nil {
 		t.Errorf("Stop: %v", err)
 	}
+	r, err := m.Reload(t.Context(), true)
+	if err != nil || r.File != "/c\uFFFD" || !r.InForce || r.Text != "warning\xff" || string(r.Diagnostics) != "[1]" {
+		t.Errorf("Reload: %+v, %v", r, err)
+	}
+	if err := m.Lock(t.Context(), []byte("p\xff")); err != nil {
+		t.Errorf("Lock: %v", err)
+	}
+	if left, err := m.Unlock(t.Context(), []byte("p\xff")); err != nil || !left.Locked || left.By[0] != "screen" {
+		t.Errorf("Unlock: %+v, %v", left, err)
+	}
+	if left, err := m.Unlock(t.Context(), []byte("wrong")); !errors.Is(err, use.ErrPassphrase) || left.By[0] != "person" {
+		t.Errorf("Unlock: %+v, %v", left, err)
+	}
 	if plain, ca, err := m.HostKeys(t.Context()); err != nil || len(plain) != 2 || len(ca) != 1 || ca[0] != "ca" {
 		t.Errorf("HostKeys: %q, %q, %v", plain, ca, err)
 	}
@@ -201,7 +229,7 @@ func TestCalls(t *testing.T) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if got := strings.Join(b.calls, ", "); got != "close db, drain , stop drain, stop" {
+	if got := strings.Join(b.calls, ", "); got != "close db, drain , stop drain, stop, reload true, lock p\xff, unlock p\xff" {
 		t.Errorf("calls: %s", got)
 	}
 	if b.by.UID != os.Geteuid() {

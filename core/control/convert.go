@@ -41,14 +41,24 @@ func each[A, B any](list []A, convert func(A) B) []B {
 func statusToPB(s Status) *controlpb.StatusResponse {
 	return &controlpb.StatusResponse{
 		Version: text(s.Version), Pid: int64(s.PID), Since: timeToPB(s.Since), Sockets: text(s.Sockets),
-		Draining: s.Draining, Upstreams: each(s.Upstreams, upstreamToPB), Clients: each(s.Clients, clientToPB),
+		Draining: s.Draining, Lock: lockToPB(s.Lock), Policy: text(s.Policy), Upstreams: each(s.Upstreams, upstreamToPB), Clients: each(s.Clients, clientToPB),
 	}
 }
 
 func statusFromPB(s *controlpb.StatusResponse) Status {
 	return Status{
 		Version: s.GetVersion(), PID: int(s.GetPid()), Since: timeFromPB(s.GetSince()), Sockets: s.GetSockets(),
-		Draining: s.GetDraining(), Upstreams: each(s.GetUpstreams(), upstreamFromPB), Clients: each(s.GetClients(), clientFromPB),
+		Draining: s.GetDraining(), Lock: lockFromPB(s.GetLock()), Policy: s.GetPolicy(), Upstreams: each(s.GetUpstreams(), upstreamFromPB), Clients: each(s.GetClients(), clientFromPB),
+	}
+}
+
+func lockToPB(l use.LockState) *controlpb.LockState {
+	return &controlpb.LockState{Locked: l.Locked, Since: timeToPB(l.Since), By: each(l.By, text), Passphrase: l.Passphrase}
+}
+
+func lockFromPB(l *controlpb.LockState) use.LockState {
+	return use.LockState{
+		Locked: l.GetLocked(), Since: timeFromPB(l.GetSince()), By: l.GetBy(), Passphrase: l.GetPassphrase(),
 	}
 }
 

@@ -110,6 +110,36 @@ func (s *server) Stop(ctx context.Context, r *controlpb.StopRequest) (*controlpb
 	return &controlpb.StopResponse{}, nil
 }
 
+func (s *server) Reload(ctx context.Context, r *controlpb.ReloadRequest) (*controlpb.ReloadResponse, error) {
+	got, err := s.backend.Reload(ctx, callerOf(ctx), r.GetColor())
+	if err != nil {
+		return nil, errorToStatus(err)
+	}
+	return &controlpb.ReloadResponse{
+		File: text(got.File), InForce: got.InForce, Text: []byte(got.Text), Diagnostics: got.Diagnostics,
+	}, nil
+}
+
+func (s *server) Lock(ctx context.Context, r *controlpb.LockRequest) (*controlpb.LockResponse, error) {
+	defer clear(r.Passphrase)
+	if err := s.backend.Lock(ctx, callerOf(ctx), r.GetPassphrase()); err != nil {
+		return nil, errorToStatus(err)
+	}
+	return &controlpb.LockResponse{}, nil
+}
+
+func (s *server) Unlock(ctx context.Context, r *controlpb.UnlockRequest) (*controlpb.UnlockResponse, error) {
+	defer clear(r.Passphrase)
+	state, err := s.backend.Unlock(ctx, callerOf(ctx), r.GetPassphrase())
+	if errors.Is(err, use.ErrPassphrase) {
+		return &controlpb.UnlockResponse{Lock: lockToPB(state), Wrong: true}, nil
+	}
+	if err != nil {
+		return nil, errorToStatus(err)
+	}
+	return &controlpb.UnlockResponse{Lock: lockToPB(state)}, nil
+}
+
 func (s *server) HostKeys(context.Context, *controlpb.HostKeysRequest) (*controlpb.HostKeysResponse, error) {
 	plain, ca := s.backend.HostKeys()
 	return &controlpb.HostKeysResponse{Plain: each(plain, text), Ca: each(ca, text)}, nil

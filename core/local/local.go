@@ -5,6 +5,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -183,7 +184,7 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 	case !began.Load() && s.ended() && s.writes.Load() > 1:
 		return nil, endError(ctx, ErrHostKeyRefused)
 	default:
-		return nil, endError(ctx, err)
+		return nil, endError(ctx, negotiated(err))
 	}
 	if m, ok := sc.Conn.(ssh.AlgorithmsConnMetadata); ok {
 		s.Join(m.Algorithms().Write.Cipher)
@@ -195,6 +196,27 @@ func (a *Authority) accept(ctx context.Context, s *stream, cfg Config, h *Handsh
 func endError(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
+	}
+	return err
+}
+
+// keywords name what ssh_config calls an algorithm that two peers agree on.
+var keywords = []struct{ what, keyword string }{
+	{"key exchange", "KexAlgorithms"}, {"host key", "HostKeyAlgorithms"}, {"cipher", "Ciphers"}, {"MAC", "MACs"},
+	{"compression", "Compression"},
+}
+
+// negotiated makes a line for a person of the failure to agree on an algorithm. The client's choice is the person's own.
+func negotiated(err error) error {
+	var e *ssh.AlgorithmNegotiationError
+	if !errors.As(err, &e) {
+		return err
+	}
+	for _, k := range keywords {
+		if strings.HasSuffix(e.What, k.what) {
+			return fmt.Errorf("none of the %s of this ssh can be shared (%s); set MUXPROXY_BYPASS=1", k.keyword,
+				strings.Join(e.RequestedAlgorithms, ","))
+		}
 	}
 	return err
 }

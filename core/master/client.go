@@ -43,7 +43,7 @@ type client struct {
 	wire   *wire.Conn
 	hello  wire.Hello
 	target use.Target // as asked for, then what that turned out to be
-	caller use.Caller
+	who    use.Caller // without its environment; see caller
 	since  time.Time
 
 	ctx    context.Context // ends with the client
@@ -56,6 +56,10 @@ type client struct {
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
+	envMu    sync.Mutex // guards what follows
+	envNames []string   // that policy refers to, and env has been read for
+	env      map[string]string
+
 	// lineMu keeps the lines for the person in order; it guards letGo.
 	lineMu sync.Mutex
 	letGo  bool // the bridge has let go of stderr
@@ -64,6 +68,8 @@ type client struct {
 // serve is a client's whole life. It owns nc.
 func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	defer nc.Close()
+	m.serving.Add(1)
+	defer m.serving.Add(-1)
 	c := &client{
 		id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now(), handshake: local.NewHandshake(),
 	}
@@ -75,12 +81,12 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	defer stopHello()
 
 	var err error
-	if c.caller, err = use.ReadCaller(nc); err != nil {
+	if c.who, err = use.ReadCaller(nc); err != nil {
 		c.log.Warn().Err(err).Msg("connection refused")
 		return
 	}
-	if !paths.Trusted(c.caller.UID) {
-		c.log.Warn().Int("uid", c.caller.UID).Msg("connection refused: another user's")
+	if !paths.Trusted(c.who.UID) {
+		c.log.Warn().Int("uid", c.who.UID).Msg("connection refused: another user's")
 		return
 	}
 	hello, files, err := c.wire.ReadHello()
@@ -95,16 +101,20 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	}
 	if err != nil {
 		if !errors.Is(err, io.EOF) { // a probe whether somebody listens says nothing
-			c.log.Warn().Err(err).Stringer("caller", c.caller).Msg("hello refused")
+			c.log.Warn().Err(err).Stringer("caller", c.who).Msg("hello refused")
 		}
 		return
 	}
 	c.hello = hello
 	c.target = use.Target(hello.Target)
 	c.log = c.log.With().Stringer("target", c.target).Logger()
-	if err := c.checkNamespaces(); err != nil {
-		c.log.Warn().Err(err).Stringer("caller", c.caller).Msg("client refused")
-		c.answer(wire.Failed, err.Error())
+	if err := m.checkNamespaces(c.who); err != nil {
+		c.log.Warn().Err(err).Stringer("caller", c.who).Msg("client refused")
+		c.answer(wire.Failed, err.Error()+"; set MUXPROXY_BYPASS=1")
+		return
+	}
+	if !c.policy().Share() {
+		c.answer(wire.Bypass, "")
 		return
 	}
 	spec, ag, ok := c.resolve()
@@ -112,7 +122,6 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	if !ok {
 		return
 	}
-	c.target = spec.Target
 	c.batch = spec.Config.Get("batchmode") == "yes"
 	level := strings.ToUpper(spec.Config.Get("loglevel"))
 	c.verbose = slices.Contains(hello.SSHArgs, "-v") || strings.HasPrefix(level, "DEBUG")
@@ -137,7 +146,7 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	stopHello() // from here on the person is told before the end
 	m.enter(c)
 	defer m.leave(c)
-	c.log.Info().Stringer("caller", c.caller).Str("mode", string(hello.Mode)).Msg("client has come")
+	c.log.Info().Stringer("caller", c.who).Str("mode", string(hello.Mode)).Msg("client has come")
 	if hello.Mode == wire.Pipes {
 		stream := &pipes{in: files[0], out: files[1]}
 		files = nil
@@ -148,38 +157,70 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	c.log.Info().Dur("after", time.Since(c.since)).Msg("client has gone")
 }
 
-// checkNamespaces refuses a caller from a container or sandbox of the same uid: it would get out of there through the
-// master.
-func (c *client) checkNamespaces() error {
-	if len(c.caller.Processes) == 0 {
-		return errors.New("the calling process can't be seen from here; set MUXPROXY_BYPASS=1")
+// caller is who started the client, with what policy wants to know of the environment. That is read anew when another
+// policy wants to know something else.
+func (c *client) caller() use.Caller {
+	names := c.master.policy.now.Load().EnvNames()
+	c.envMu.Lock()
+	defer c.envMu.Unlock()
+	if !slices.Equal(names, c.envNames) {
+		c.env = nil
+		if p, ok := c.who.Client(); ok {
+			c.env = use.ReadEnv(p, names)
+		}
+		c.envNames = names
 	}
-	same, err := use.SameNamespaces(c.caller.Processes[0])
+	who := c.who
+	who.Env = c.env
+	return who
+}
+
+// policy is what the policy in force says of the client's target.
+func (c *client) policy() use.Effective { return c.master.policy.lookup().For(c.target, c.caller()) }
+
+// checkNamespaces refuses a caller from a container or sandbox of the same uid, unless policy admits it: it would get out
+// of there through the master.
+func (m *Master) checkNamespaces(caller use.Caller) error {
+	if m.policy.now.Load().Master().AllowForeign {
+		return nil
+	}
+	if len(caller.Processes) == 0 {
+		return errors.New("the calling process can't be seen from here")
+	}
+	same, err := use.SameNamespaces(caller.Processes[0])
 	switch {
 	case err != nil:
-		return fmt.Errorf("the calling process can't be checked: %w; set MUXPROXY_BYPASS=1", err)
+		return fmt.Errorf("the calling process can't be checked: %w", err)
 	case !same:
-		return errors.New("called from another user, pid or mount namespace than the master's; set MUXPROXY_BYPASS=1")
+		return errors.New("called from another user, pid or mount namespace than the master's, which needs " +
+			"foreign = \"allow\" in the master's policy")
 	}
 	return nil
 }
 
-// resolve finds out what to dial. A known answer does if its upstream lives; a login needs the caller's agent anyway,
-// and only the bridge can connect that. If it fails, the bridge has been told. The agent is the caller's to close.
+// resolve finds out what to dial, and sets the client's target to it. A known answer does if its upstream lives; a login
+// needs the caller's agent anyway, and only the bridge can connect that. If it fails, the bridge has been told. The agent
+// is the caller's to close.
 func (c *client) resolve() (pool.Spec, *agent, bool) {
-	if r, ok := c.master.configs.get(c.hello); ok {
+	via := c.via()
+	if r, ok := c.master.configs.get(c.hello, via); ok {
 		if spec, ag := c.spec(&r, nil); c.master.pool.Alive(spec) {
-			return spec, ag, true
+			return spec, ag, c.agrees(spec.Target, via)
 		}
 	}
 	_ = c.wire.NetConn().SetDeadline(time.Now().Add(resolveTime))
-	if !c.answer(wire.Resolve, "") {
+	if err := c.wire.SendAnswer(wire.Answer{Kind: wire.Resolve, Via: via}); err != nil {
+		c.log.Warn().Err(err).Msg("can't ask the bridge to resolve")
+		c.answer(wire.Failed, err.Error()) // policy can name hosts that are none
 		return pool.Spec{}, nil, false
 	}
 	res, conn, err := c.wire.ReadResolution()
 	if err != nil {
 		c.log.Warn().Err(err).Msg("no resolution")
 		return pool.Spec{}, nil, false
+	}
+	if res.Error == "" && !res.Config.JumpsVia(via) {
+		res.Error = "the jump hosts that policy names were not looked at; end what is of another version"
 	}
 	if res.Error != "" {
 		if conn != nil {
@@ -189,9 +230,37 @@ func (c *client) resolve() (pool.Spec, *agent, bool) {
 		return pool.Spec{}, nil, false
 	}
 	r := resolution{res.Config, res.AgentPath, res.Hops}
-	c.master.configs.put(c.hello, r)
+	c.master.configs.put(c.hello, via, r)
 	spec, ag := c.spec(&r, conn)
-	return spec, ag, true
+	return spec, ag, c.agrees(spec.Target, via)
+}
+
+// via are the jump hosts that policy names; nil: as ssh_config says.
+func (c *client) via() []string {
+	via, set := c.policy().Via()
+	if set && via == nil {
+		via = []string{}
+	}
+	return via
+}
+
+// agrees takes what the target turned out to be, and reports whether policy says of that what was done for what had been
+// asked for: ssh leaves a host's canonical name to its proxy. If not, the bridge has been told.
+func (c *client) agrees(target use.Target, via []string) bool {
+	if target == c.target {
+		return true
+	}
+	c.target = target
+	switch {
+	case !c.policy().Share():
+		c.answer(wire.Bypass, "")
+		return false
+	case !slices.Equal(c.via(), via) || (c.via() == nil) != (via == nil):
+		c.answer(wire.Failed, fmt.Sprintf("policy has jump hosts for %s, but that name was only found out on the way: "+
+			"put HostName %s into ssh_config", target.Host, target.Host))
+		return false
+	}
+	return true
 }
 
 // spec is what to dial for the client. conn is the agent's connection that the bridge made, or nil; the agent owns it, and
@@ -199,7 +268,8 @@ func (c *client) resolve() (pool.Spec, *agent, bool) {
 func (c *client) spec(r *resolution, conn *os.File) (pool.Spec, *agent) {
 	spec, ag := r.spec(c.target, conn)
 	c.forwarded = c.forwardedAgent(&r.config, ag)
-	spec.Lane = c.lane(&r.config)
+	spec.Lane = c.lane(spec.Target, &r.config)
+	spec.Class = c.class
 	return spec, ag
 }
 
@@ -317,7 +387,7 @@ func (c *client) acquire(spec pool.Spec, failed func(error)) *login {
 	l := &login{done: make(chan struct{})}
 	ctx, cancel := context.WithCancel(c.ctx)
 	l.cancel = cancel
-	u := use.Use{Kind: use.Attach, Client: c.id, Caller: c.caller, Target: c.target}
+	u := use.Use{Kind: use.Attach, Client: c.id, Caller: c.caller(), Target: c.target}
 	go func() {
 		defer close(l.done)
 		var denied *use.Denied
@@ -403,7 +473,7 @@ type front struct {
 }
 
 func (f front) ID() uint64         { return f.c.id }
-func (f front) Caller() use.Caller { return f.c.caller }
+func (f front) Caller() use.Caller { return f.c.caller() }
 func (f front) Target() use.Target { return f.c.target }
 func (f front) Agent() string      { return f.c.forwarded }
 
@@ -440,7 +510,7 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 
 // hasTerminal tells whether the ssh at this client has a terminal to ask at.
 func (c *client) hasTerminal() bool {
-	return slices.ContainsFunc(c.caller.Processes[:min(2, len(c.caller.Processes))], func(p use.Process) bool { return p.TTY != "" })
+	return slices.ContainsFunc(c.who.Processes[:min(2, len(c.who.Processes))], func(p use.Process) bool { return p.TTY != "" })
 }
 
 // onOneRow keeps a prompt from filling a row of the terminal with blanks, so that the next one looks like a line of ours.

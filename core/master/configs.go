@@ -36,24 +36,25 @@ func (r *resolution) volatile() bool {
 }
 
 // configKey is all that an answer depends on, files apart.
-func configKey(h wire.Hello) [sha256.Size]byte {
+func configKey(h wire.Hello, via []string) [sha256.Size]byte {
 	b, _ := json.Marshal(struct { // strings, numbers and a map with sorted keys: it can't fail
 		Target wire.Target
 		Args   []string
 		Env    map[string]string
-	}{h.Target, h.SSHArgs, h.Env})
+		Via    []string
+	}{h.Target, h.SSHArgs, h.Env, via})
 	return sha256.Sum256(b)
 }
 
 // get returns an answer that still holds.
-func (c *configs) get(h wire.Hello) (resolution, bool) {
+func (c *configs) get(h wire.Hello, via []string) (resolution, bool) {
 	c.mu.Lock()
-	r, ok := c.byKey[configKey(h)]
+	r, ok := c.byKey[configKey(h, via)]
 	c.mu.Unlock()
 	return r, ok && r.fresh()
 }
 
-func (c *configs) put(h wire.Hello, r resolution) {
+func (c *configs) put(h wire.Hello, via []string, r resolution) {
 	if r.volatile() {
 		return
 	}
@@ -68,5 +69,5 @@ func (c *configs) put(h wire.Hello, r resolution) {
 		}
 		delete(c.byKey, k) // any: an answer costs one ssh -G
 	}
-	c.byKey[configKey(h)] = r
+	c.byKey[configKey(h, via)] = r
 }

@@ -22,7 +22,7 @@ var _ control.Backend = (*Master)(nil)
 func (m *Master) Status() control.Status {
 	s := control.Status{
 		Version: m.opts.Version, PID: os.Getpid(), Since: m.since, Sockets: m.sockets(), Draining: m.draining.Load(),
-		Upstreams: []control.Upstream{}, Clients: []control.Client{},
+		Lock: m.lock.State(), Policy: m.policy.now.Load().File(), Upstreams: []control.Upstream{}, Clients: []control.Client{},
 	}
 	for _, u := range m.pool.List() {
 		cu := control.Upstream{
@@ -39,7 +39,7 @@ func (m *Master) Status() control.Status {
 	for _, c := range m.snapshot() {
 		cc := control.Client{
 			ID: c.id, Target: c.target.String(), Alias: c.target.Alias, Upstream: c.upstream.Load(), Mode: string(c.hello.Mode),
-			Since: c.since, Caller: c.caller, Channels: []control.Channel{},
+			Since: c.since, Caller: c.who, Channels: []control.Channel{},
 		}
 		if r := c.relay.Load(); r != nil {
 			for _, ch := range r.Channels() {
@@ -88,13 +88,62 @@ func (m *Master) matcher(target string) func(pool.ConnInfo) bool {
 	}
 }
 
-// permit passes the gate for a command that changes something.
-func (m *Master) permit(ctx context.Context, by use.Caller, verb, target string) (*use.Permit, error) {
-	p, denied := m.gate.Decide(ctx, use.Use{Kind: use.Control, Caller: by, Name: verb, Addr: target}, nil)
+// permit passes the gate for a command that changes something. addr is what the command was given, about the host that
+// this means, if it is about one.
+func (m *Master) permit(ctx context.Context, by use.Caller, verb, addr string, about use.Target) (*use.Permit, error) {
+	if err := m.checkNamespaces(by); err != nil {
+		m.log.Warn().Err(err).Stringer("caller", by).Str("command", verb).Msg("command refused")
+		return nil, err
+	}
+	if p, ok := by.Client(); ok {
+		by.Env = use.ReadEnv(p, m.policy.now.Load().EnvNames())
+	}
+	u := use.Use{Kind: use.Control, Caller: by, Target: about, Name: verb, Addr: addr}
+	p, denied := m.gate.Decide(ctx, u, nil)
 	if denied != nil {
 		return nil, denied
 	}
 	return p, nil
+}
+
+// permitAll is permit for a command about connections: each host that it would touch is asked about, and if one is
+// denied none is touched. end ends the permits.
+func (m *Master) permitAll(ctx context.Context, by use.Caller, verb, target string) (ups []pool.ConnInfo, end func(), err error) {
+	match := m.matcher(target)
+	var permits []*use.Permit
+	end = func() {
+		for _, p := range permits {
+			p.End(use.Result{Status: "ok"})
+		}
+	}
+	asked := map[use.Target]bool{}
+	ask := func(about use.Target) error {
+		if asked[about] {
+			return nil
+		}
+		asked[about] = true
+		p, err := m.permit(ctx, by, verb, target, about)
+		if err == nil {
+			permits = append(permits, p)
+		}
+		return err
+	}
+	for _, u := range m.pool.List() {
+		if !match(u) {
+			continue
+		}
+		ups = append(ups, u)
+		if err := ask(u.Target); err != nil {
+			end()
+			return nil, nil, err
+		}
+	}
+	if len(ups) == 0 {
+		if err := ask(use.Target{}); err != nil {
+			return nil, nil, err
+		}
+	}
+	return ups, end, nil
 }
 
 // Exists implements control.Backend.
@@ -105,32 +154,59 @@ func (m *Master) Exists(target string) bool {
 
 // Close implements control.Backend.
 func (m *Master) Close(ctx context.Context, by use.Caller, target string) (int, error) {
-	p, err := m.permit(ctx, by, "close", target)
+	ups, end, err := m.permitAll(ctx, by, "close", target)
 	if err != nil {
 		return 0, err
 	}
-	match := m.matcher(target)
+	defer end()
 	var n int
 	// Each with its own host in the line that its clients get.
-	for _, u := range m.pool.List() {
-		if match(u) {
-			n += m.pool.CloseMatching(func(o pool.ConnInfo) bool { return o.ID == u.ID },
-				fmt.Errorf("%s: closed by muxproxy close", u.Target.Addr()))
-		}
+	for _, u := range ups {
+		n += m.pool.CloseMatching(func(o pool.ConnInfo) bool { return o.ID == u.ID },
+			fmt.Errorf("%s: closed by muxproxy close", u.Target.Addr()))
 	}
-	p.End(use.Result{Status: "ok"})
 	return n, nil
 }
 
 // Drain implements control.Backend.
 func (m *Master) Drain(ctx context.Context, by use.Caller, target string) (int, error) {
-	p, err := m.permit(ctx, by, "drain", target)
+	ups, end, err := m.permitAll(ctx, by, "drain", target)
 	if err != nil {
 		return 0, err
 	}
-	n := m.pool.Drain(m.matcher(target))
-	p.End(use.Result{Status: "ok"})
-	return n, nil
+	defer end()
+	return m.pool.Drain(func(o pool.ConnInfo) bool {
+		return slices.ContainsFunc(ups, func(u pool.ConnInfo) bool { return o.ID == u.ID })
+	}), nil
+}
+
+// Lock implements control.Backend.
+func (m *Master) Lock(ctx context.Context, by use.Caller, passphrase []byte) error {
+	p, err := m.permit(ctx, by, "lock", "", use.Target{})
+	if err != nil {
+		return err
+	}
+	return finish(p, m.lock.Lock(passphrase))
+}
+
+// Unlock implements control.Backend.
+func (m *Master) Unlock(ctx context.Context, by use.Caller, passphrase []byte) (use.LockState, error) {
+	p, err := m.permit(ctx, by, "unlock", "", use.Target{})
+	if err != nil {
+		return use.LockState{}, err
+	}
+	err = finish(p, m.lock.Unlock(ctx, passphrase))
+	return m.lock.State(), err
+}
+
+// finish ends a permit as what it was for has ended.
+func finish(p *use.Permit, err error) error {
+	res := use.Result{Status: "ok"}
+	if err != nil {
+		res = use.Result{Status: "refused", Err: err.Error()}
+	}
+	p.End(res)
+	return err
 }
 
 // Stop implements control.Backend. Draining gives the sockets and the lock away at once, so that the next ssh starts
@@ -140,7 +216,7 @@ func (m *Master) Stop(ctx context.Context, by use.Caller, drain bool) error {
 	if drain {
 		verb = "stop --drain"
 	}
-	p, err := m.permit(ctx, by, verb, "")
+	p, err := m.permit(ctx, by, verb, "", use.Target{})
 	if err != nil {
 		return err
 	}
@@ -150,10 +226,16 @@ func (m *Master) Stop(ctx context.Context, by use.Caller, drain bool) error {
 		m.stop(errStopped)
 		return nil
 	}
-	if m.draining.Swap(true) {
-		return nil
-	}
 	m.log.Info().Stringer("caller", by).Msg("told to drain")
+	m.drain()
+	return nil
+}
+
+// drain ends the master with its last client.
+func (m *Master) drain() {
+	if m.draining.Swap(true) {
+		return
+	}
 	m.mu.Lock()
 	idle := make(chan struct{})
 	if len(m.clients) == 0 {
@@ -163,12 +245,12 @@ func (m *Master) Stop(ctx context.Context, by use.Caller, drain bool) error {
 	}
 	m.mu.Unlock()
 	m.closeListeners()
-	m.unlock()
+	m.lock.Share()
+	m.giveUp()
 	go func() { // ends with the last client, which ends with Run
 		<-idle
 		m.stop(errStopped)
 	}()
-	return nil
 }
 
 // HostKeys implements control.Backend.

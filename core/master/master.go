@@ -40,6 +40,11 @@ type Options struct {
 	Version string
 	Getenv  func(string) string
 	Ready   func() // called once when bridges can connect
+	// LogLevel is told what policy says of the log, at the start and whenever it changes: "trace", "debug", "info",
+	// "warn" or "error". nil: the log stays as it is.
+	LogLevel func(string)
+	// Hangup asks to read the policy file again (SIGHUP); nil: nobody does.
+	Hangup <-chan os.Signal
 }
 
 // Master is one running daemon.
@@ -49,18 +54,22 @@ type Master struct {
 	since      time.Time
 	authority  *local.Authority
 	knownHosts knownHosts
+	policy     policies
+	audit      *use.Audit
+	lock       *use.Lock
 	gate       use.Gate
 	pool       *pool.Pool
 	configs    configs
 
 	stop     context.CancelCauseFunc // ends Run
-	lock     *paths.FileLock
 	draining atomic.Bool
 
 	lastClient atomic.Uint64
+	serving    atomic.Int64   // clients, those that have not said hello yet too
 	wg         sync.WaitGroup // clients
 
-	mu        sync.Mutex // guards what follows
+	mu        sync.Mutex      // guards what follows
+	living    *paths.FileLock // says that this is the one living master; nil once given away
 	clients   map[uint64]*client
 	listeners []*paths.Listener // mux, control
 	socketDir string            // where those are
@@ -87,11 +96,11 @@ func Run(ctx context.Context, opts Options) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	m := &Master{
-		opts: opts, log: opts.Log, since: time.Now(), stop: stop, lock: lock, clients: map[uint64]*client{},
+		opts: opts, log: opts.Log, since: time.Now(), stop: stop, living: lock, clients: map[uint64]*client{},
 		socketDir:  opts.Dirs.Runtime,
 		knownHosts: knownHosts{path: filepath.Join(opts.Dirs.State, paths.KnownHosts), host: host, pid: os.Getpid()},
 	}
-	defer m.unlock()
+	defer m.giveUp()
 	return m.run(ctx)
 }
 
@@ -124,10 +133,11 @@ func takeOver(ctx context.Context, opts Options) (*paths.FileLock, error) {
 	}
 }
 
-func (m *Master) unlock() {
+// giveUp lets another master be the living one.
+func (m *Master) giveUp() {
 	m.mu.Lock()
-	lock := m.lock
-	m.lock = nil
+	lock := m.living
+	m.living = nil
 	m.mu.Unlock()
 	if lock != nil {
 		if err := m.opts.Dirs.Unpublish(m.sockets()); err != nil {
@@ -138,7 +148,12 @@ func (m *Master) unlock() {
 }
 
 func (m *Master) run(ctx context.Context) error {
-	audit, err := use.OpenAudit(use.AuditOptions{
+	m.policy.init(m.opts.Getenv, m.opts.Dirs.Config)
+	if err := m.readPolicy(); err != nil {
+		return err
+	}
+	var err error
+	m.audit, err = use.OpenAudit(use.AuditOptions{
 		Path: filepath.Join(m.opts.Dirs.State, paths.AuditLog),
 		Report: func(err error) {
 			m.log.Err(err).Msg("audit log")
@@ -147,8 +162,14 @@ func (m *Master) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer audit.Close()
-	m.gate = use.NewGate(audit)
+	defer m.audit.Close()
+	m.lock, err = use.OpenLock(filepath.Join(m.opts.Dirs.Run, paths.LockState))
+	if err != nil {
+		m.log.Error().Err(err).Msg("lock")
+	}
+	m.lock.OnChange(func() { poke(m.policy.opened) })
+	m.apply()
+	m.gate = m.lock.NewGate(m.audit, use.ByPolicy(m.policy.lookup))
 	m.authority, err = local.NewAuthority(m.knownHosts.add)
 	if err != nil {
 		return fmt.Errorf("the local host keys: %w", err)
@@ -189,6 +210,8 @@ func (m *Master) run(ctx context.Context) error {
 	if err := m.opts.Dirs.Publish(m.opts.Dirs.Runtime); err != nil {
 		return err
 	}
+	wg.Go(func() { m.watchPolicy(ctx) })
+	wg.Go(func() { m.follow(ctx) })
 	m.log.Info().Str("version", m.opts.Version).Int("pid", os.Getpid()).Str("sockets", m.opts.Dirs.Runtime).
 		Msg("master is ready")
 	m.opts.Ready()

@@ -11,7 +11,7 @@ import (
 )
 
 // Names of files. The first three are sockets in Dirs.Runtime, or in the directory that Dirs.Published names; the
-// next three are in Dirs.State, the last three in Dirs.Run.
+// next three are in Dirs.State, the rest in Dirs.Run.
 const (
 	MuxSocket     = "muxproxy.sock" // bridges
 	ControlSocket = "control.sock"  // commands
@@ -27,6 +27,8 @@ const (
 	// MasterLock is held by a master for as long as it lives. Only its holder may remove a socket that another master
 	// left, and write or remove the link to the living master's sockets.
 	MasterLock = "master.lock"
+	// LockState is what `muxproxy lock` and the session have locked: the next master begins with it.
+	LockState = "lock.json"
 
 	socketsLink = "sockets"
 )

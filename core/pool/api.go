@@ -27,6 +27,8 @@ type Spec struct {
 	Via []Spec
 	// Lane is what the client is expected to need. The driver marks its packets by the class.
 	Lane Lane
+	// Class is asked what policy says of a session that is about to start; false: nothing. nil: there is no policy.
+	Class func(use.Use) (Class, bool)
 	// Silent tells the driver that nobody can be asked, nor expected to touch a security key.
 	Silent bool
 	// Env holds NAME=VALUE of the caller's environment for a ProxyCommand, on top of the process's own. Its SHELL runs it.

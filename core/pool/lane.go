@@ -90,8 +90,13 @@ func KnownBulk(u use.Use) bool {
 	return program == "subsystem sftp" || slices.Contains(bulkPrograms, program)
 }
 
-// Classify tells the class of a session that is about to start.
+// Classify tells the class of a session that is about to start. What policy says comes first.
 func (l *Lease) Classify(u use.Use, terminal bool) Class {
+	if l.spec.Class != nil {
+		if class, ok := l.spec.Class(u); ok {
+			return class
+		}
+	}
 	program := programOf(u)
 	switch {
 	case terminal || program == "":

@@ -210,12 +210,13 @@ func (r *Relay) startForward(q *ssh.Request) {
 	u.Addr = a.String()
 	permit, denied := r.decide(u)
 	if denied != nil {
+		r.tell("remote forward of " + use.Printable(u.Addr) + ": " + denied.Error())
 		_ = q.Reply(false, nil)
 		return
 	}
 	f := &forward{permit: permit, since: time.Now()}
 	f.Listener, err = r.lease.Listen(r.ctx, permit, a, func(nc *pool.NewChannel) {
-		if !r.forwarded(permit.Use(), nc) {
+		if !r.forwarded(permit, nc) {
 			_ = nc.Reject(ssh.ConnectionFailed, "the client is gone")
 		}
 	})
@@ -281,8 +282,13 @@ func (r *Relay) endForwards() {
 }
 
 // forwarded carries one channel that the server opens to its client (RFC 4254 sections 6.3.2 and 7.2). It returns when
-// the client has answered; the channel itself is served on. false: the client is gone, and nc is still to be answered.
-func (r *Relay) forwarded(u use.Use, nc *pool.NewChannel) bool {
+// the client has answered; the channel itself is served on. permit is that of what it belongs to, which the lock may have
+// stopped since. false: the client is gone, and nc is still to be answered.
+func (r *Relay) forwarded(permit *use.Permit, nc *pool.NewChannel) bool {
+	if denied := permit.Connect(); denied != nil {
+		_ = nc.Reject(ssh.Prohibited, "muxproxy: "+denied.Error())
+		return true
+	}
 	client, clientReqs, err := r.openAtClient(nc.ChannelType(), nc.ExtraData())
 	if refused := (*ssh.OpenChannelError)(nil); errors.As(err, &refused) {
 		_ = nc.Reject(refused.Reason, refused.Message)
@@ -299,7 +305,7 @@ func (r *Relay) forwarded(u use.Use, nc *pool.NewChannel) bool {
 		}
 		return true
 	}
-	k := r.newLink(u, nil, client, r.queue(clientReqs), server, serverReqs)
+	k := r.newLink(permit.Use(), nil, client, r.queue(clientReqs), server, serverReqs)
 	if !r.spawn(k.run) {
 		r.abandon(server, serverReqs)
 	}

@@ -45,6 +45,8 @@ const (
 	lastWordTime = time.Second
 	// reassureEvery is below the smallest ServerAliveInterval that ssh takes.
 	reassureEvery = 900 * time.Millisecond
+	// maxUntold bounds the lines that wait for a session.
+	maxUntold = 16
 	// aliveEvery is how often a keepalive that must not be answered yet looks again.
 	aliveEvery = 250 * time.Millisecond
 )
@@ -73,7 +75,8 @@ type Relay struct {
 	links     map[*link]struct{}
 	sessions  map[*session]struct{} // started or not
 	listeners map[pool.Addr]*forward
-	ended     bool // spawn starts nothing more
+	untold    []string // lines for the person, until there is a session to say them
+	ended     bool     // spawn starts nothing more
 }
 
 // New prepares a relay for a client that has been let in. attach is its permit; Run ends neither it nor the lease.
@@ -302,6 +305,25 @@ func (r *Relay) wait(earlier <-chan struct{}) bool {
 		return true
 	case <-r.ctx.Done():
 		return false
+	}
+}
+
+// tell shows a line to the person about what the protocol has no words for. Without a session it waits for the next one;
+// for ssh -N there is none, and ssh's own warning has to do.
+func (r *Relay) tell(line string) {
+	r.mu.Lock()
+	var oldest *session
+	for s := range r.sessions {
+		if oldest == nil || s.since.Before(oldest.since) {
+			oldest = s
+		}
+	}
+	if oldest == nil && len(r.untold) < maxUntold {
+		r.untold = append(r.untold, line)
+	}
+	r.mu.Unlock()
+	if oldest != nil {
+		r.spawn(func() { oldest.say(line) }) // which waits for a client that does not read
 	}
 }
 

@@ -50,7 +50,12 @@ func (r *Relay) session(nc ssh.NewChannel, earlier <-chan struct{}) {
 	}
 	r.mu.Lock()
 	r.sessions[s] = struct{}{}
+	untold := r.untold
+	r.untold = nil
 	r.mu.Unlock()
+	for _, line := range untold {
+		s.say(line)
+	}
 	s.serve()
 	s.endPermits()
 	if s.server == nil || !s.server.Down() || s.link.Load() != nil && s.server.ClosedInOrder() {
@@ -208,7 +213,7 @@ func (s *session) setUp(q *ssh.Request) {
 	switch {
 	case isAgentRequest(q.Type):
 		ok := s.agent != nil && s.server.Agent(s.relay.ctx, s.agent, q.Type, func(nc *pool.NewChannel) bool {
-			return s.relay.forwarded(s.agent.Use(), nc)
+			return s.relay.forwarded(s.agent, nc)
 		})
 		_ = q.Reply(ok, nil)
 	case q.Type == "x11-req":
@@ -252,7 +257,7 @@ func (s *session) x11(q *ssh.Request) {
 	}
 	s.permits = append(s.permits, permit)
 	s.server.X11(m.Cookie, func(nc *pool.NewChannel) {
-		if !s.relay.forwarded(permit.Use(), nc) {
+		if !s.relay.forwarded(permit, nc) {
 			_ = nc.Reject(ssh.ConnectionFailed, "the client is gone")
 		}
 	})

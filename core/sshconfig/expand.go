@@ -163,6 +163,26 @@ func (r *Resolved) ExpandProxyCommand(n Names) (string, error) {
 	return n.percent(command, false)
 }
 
+// named expands the tokens of a command that stand for how the host was named, and leaves the others.
+func (n Names) named(command string) string {
+	var b strings.Builder
+	for i := 0; i < len(command); i++ {
+		if command[i] != '%' || i+1 == len(command) {
+			b.WriteByte(command[i])
+			continue
+		}
+		i++
+		switch c := command[i]; c {
+		case 'n', 'k':
+			name, _ := n.token(c)
+			b.WriteString(strings.ReplaceAll(name, "%", "%%"))
+		default:
+			b.WriteString(command[i-1 : i+1])
+		}
+	}
+	return b.String()
+}
+
 // validHost is valid_hostname of OpenSSH's ssh.c.
 func validHost(s string) bool {
 	if strings.HasPrefix(s, "-") {

@@ -73,6 +73,25 @@ func hops(ctx context.Context, req Request, r *Resolved, left int) ([]Hop, error
 	}), nil
 }
 
+// JumpVia puts other jump hosts in the place of ProxyJump, each as that has it, and then of ProxyCommand. Empty: none; nil:
+// nothing changes.
+func (r *Resolved) JumpVia(hosts []string) {
+	switch {
+	case hosts == nil:
+	case len(hosts) == 0:
+		delete(r.Options, "proxyjump")
+	default:
+		r.Options["proxyjump"] = []string{strings.Join(hosts, ",")}
+		delete(r.Options, "proxycommand")
+		delete(r.Options, "proxyusefdpass")
+	}
+}
+
+// JumpsVia reports whether JumpVia has been done with these.
+func (r *Resolved) JumpsVia(hosts []string) bool {
+	return hosts == nil || r.Get("proxyjump") == strings.Join(hosts, ",")
+}
+
 // splitJump takes one jump host apart: [USER@]HOST[:PORT] or ssh://[USER@]HOST[:PORT], an IPv6 address in brackets if a
 // port follows.
 func splitJump(s string) (user, host, port string) {

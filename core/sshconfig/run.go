@@ -101,7 +101,7 @@ func resolve(ctx context.Context, req Request, names Names, system string) (*Res
 		r.Set = append(r.Set, k)
 	}
 	slices.Sort(r.Set)
-	if !canonicalized(r, req.Host) {
+	if !canonicalized(r, req) {
 		if req.User != "" {
 			options["user"] = []string{req.User}
 		}
@@ -122,11 +122,15 @@ func resolve(ctx context.Context, req Request, names Names, system string) (*Res
 
 // canonicalized reports whether the answer is about another name than the asking ssh gave, because that one did not
 // look for the canonical name: with a ProxyCommand it does so only for CanonicalizeHostname always. Lines for the
-// canonical name count in the answer and may set User and Port too.
-func canonicalized(r *Resolved, host string) bool {
+// canonical name count in the answer and may set User and Port too. Without an ssh, or with another alias than its
+// destination, the host need not be what the answer makes of the alias: then it stays as asked for.
+func canonicalized(r *Resolved, req Request) bool {
+	if req.Host == "" || req.Args.Destination == "" || req.Args.Host() != req.Alias {
+		return false
+	}
 	switch r.Get("canonicalizehostname") {
 	case "yes", "true":
-		return host != "" && !strings.EqualFold(strings.Trim(host, "[]"), strings.Trim(r.Get("hostname"), "[]"))
+		return !strings.EqualFold(strings.Trim(req.Host, "[]"), strings.Trim(r.Get("hostname"), "[]"))
 	}
 	return false
 }
@@ -333,6 +337,10 @@ func (r *Resolved) expand(names Names) (relative bool, err error) {
 		names.Jump = jump
 	}
 	names.User, names.Host, names.Port = r.Get("user"), r.Get("hostname"), r.Get("port")
+	// Two names of one host and port can be two machines to a ProxyCommand. User, host and port are in the key anyway.
+	if command := r.Get("proxycommand"); command != "" {
+		r.Options["proxycommand"] = []string{names.named(command)}
+	}
 	absolute := func(path string) (string, error) {
 		if !filepath.IsAbs(path) {
 			relative = true
@@ -388,6 +396,17 @@ func (r *Resolved) expand(names Names) (relative bool, err error) {
 	return relative, nil
 }
 
+// offersKeys reports whether ssh would try publickey. Without it a user often has other rights than a key whose line in
+// authorized_keys restricts it.
+func (r *Resolved) offersKeys() bool {
+	switch strings.ToLower(r.Get("pubkeyauthentication")) {
+	case "no", "false":
+		return false
+	}
+	preferred := r.Get("preferredauthentications")
+	return preferred == "" || slices.Contains(strings.Split(preferred, ","), "publickey")
+}
+
 // sharingKey are the options that two clients must agree on to share a connection: where it leads, how it gets there,
 // who logs in with what, and how carefully the host is checked.
 var sharingKey = []string{
@@ -399,9 +418,12 @@ var sharingKey = []string{
 	"ciphers", "kexalgorithms", "macs", "hostkeyalgorithms",
 }
 
-// Key is the same for two answers exactly if their clients may share a connection, as far as ssh_config decides it.
+// Key is the same for two answers exactly if their clients may share a connection, as far as ssh_config decides it. What
+// only says how a person may be asked is not part of it: BatchMode and PasswordAuthentication no (Ansible's default) are for
+// those who want to ride on what a person has logged in.
 func (r *Resolved) Key() string {
 	h := sha256.New()
+	fmt.Fprintf(h, "%t\n", r.offersKeys())
 	for _, k := range sharingKey {
 		for _, v := range r.Options[k] {
 			// Lengths, so that no value can pose as two.

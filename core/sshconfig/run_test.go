@@ -149,6 +149,24 @@ Host *.corp
 	if got, err := r.ExpandProxyCommand(names); err != nil || got != "nc -X 5 x.corp 22" {
 		t.Errorf("got %q, %v", got, err)
 	}
+	// How the host was named is part of the key, where it can matter.
+	if k := e.ok(Request{User: "bob", Host: "x.corp", Port: 22, Alias: "y.corp"}).Key(); k != r.Key() {
+		t.Error("another name of the same host is not shared")
+	}
+	text, err = os.ReadFile(filepath.Join(home, ".ssh/config"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.config(strings.Replace(string(text), "-X 5 %h", "%%n %n %k %h", 1))
+	named := e.ok(Request{User: "bob", Host: "x.corp", Port: 22, Alias: "a%h.corp"})
+	want(t, named, "proxycommand", "nc %%n a%%h.corp a%%h.corp %h %p")
+	if got, err := named.ExpandProxyCommand(names); err != nil || got != "nc %n a%h.corp a%h.corp x.corp 22" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if k := e.ok(Request{User: "bob", Host: "x.corp", Port: 22, Alias: "b.corp"}).Key(); k == named.Key() {
+		t.Error("two names share a connection, although the ProxyCommand goes by the name")
+	}
+	e.config(string(text))
 	for _, bad := range []Names{
 		{User: "bob", Host: "x;id", Alias: "x"}, {User: "a b", Host: "x", Alias: "x"}, {User: "$(id)", Host: "x", Alias: "x"},
 		{User: "-x", Host: "x", Alias: "x"}, {User: `a\`, Host: "x", Alias: "x"}, {User: "a", Host: "x", Alias: "`id`"},
@@ -158,7 +176,20 @@ Host *.corp
 		}
 	}
 
-	// The request wins over the answer.
+	// The request wins over the answer, unless ssh has left the canonical name of its destination to us.
+	const canonical = "CanonicalizeHostname=yes"
+	for _, tc := range []struct {
+		req  Request
+		want string
+	}{
+		{Request{Args: args(t, "-o", canonical, "-o", "HostName=127.0.0.1", "web"), Alias: "web"}, "127.0.0.1"},
+		{Request{Args: args(t, "-o", canonical, "-o", "HostName=127.0.0.1", "web"), Alias: "db"}, "elsewhere"},
+		{Request{Args: Args{Options: []string{"-o", canonical, "-o", "HostName=127.0.0.1"}}, Alias: "web"}, "elsewhere"},
+		{Request{Args: args(t, "-o", "HostName=127.0.0.1", "web"), Alias: "web"}, "elsewhere"},
+	} {
+		tc.req.User, tc.req.Host, tc.req.Port = "carol", "elsewhere", 99
+		want(t, e.ok(tc.req), "hostname", tc.want)
+	}
 	r = e.ok(Request{User: "carol", Host: "elsewhere", Port: 99, Alias: "web"})
 	want(t, r, "user", "carol")
 	want(t, r, "hostname", "elsewhere")
@@ -459,7 +490,9 @@ func TestKey(t *testing.T) {
 	}
 	k := e.file("k", "") // ssh drops a -i that it can't find
 	base := key("h")
-	for _, same := range [][]string{{"-v", "h"}, {"-L", "1:x:1", "h"}, {"-A", "h"}, {"-o", "SendEnv=X", "h", "true"}, {"ssh://h:22"}} {
+	for _, same := range [][]string{{"-v", "h"}, {"-L", "1:x:1", "h"}, {"-A", "h"}, {"-o", "SendEnv=X", "h", "true"}, {"ssh://h:22"},
+		{"-o", "BatchMode=yes", "h"}, {"-o", "PasswordAuthentication=no", "-o", "PreferredAuthentications=hostbased,publickey", "h"},
+		{"-o", "PubkeyAuthentication=unbound", "h"}} {
 		if key(same...) != base {
 			t.Errorf("%q has a key of its own", same)
 		}
@@ -469,12 +502,15 @@ func TestKey(t *testing.T) {
 		{"h2"}, {"-p", "23", "h"}, {"somebody-else@h"}, {"-i", k, "h"}, {"-o", "IdentitiesOnly=yes", "h"}, {"-o", "IdentityAgent=none", "h"},
 		{"-o", "StrictHostKeyChecking=no", "h"}, {"-o", "StrictHostKeyChecking=yes", "h"}, {"-o", "UserKnownHostsFile=/dev/null", "h"},
 		{"-o", "HostKeyAlias=x", "h"}, {"-c", "aes128-ctr", "h"}, {"-4", "h"}, {"-J", "j", "h"}, {"-b", "127.0.0.1", "h"},
-		{"-o", "ProxyCommand=nc %h %p", "h"}, {"-o", "RevokedHostKeys=/x", "h"},
+		{"-o", "ProxyCommand=nc %h %p", "h"}, {"-o", "RevokedHostKeys=/x", "h"}, {"-o", "PubkeyAuthentication=no", "h"},
 	} {
 		k := key(other...)
 		if was := seen[k]; was != nil {
 			t.Errorf("%q and %q share a key", other, was)
 		}
 		seen[k] = other
+	}
+	if key("-o", "PreferredAuthentications=password", "h") != key("-o", "PubkeyAuthentication=no", "h") {
+		t.Error("two ways to offer no key are told apart")
 	}
 }

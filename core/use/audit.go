@@ -2,6 +2,7 @@ package use
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -12,6 +13,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,6 +23,10 @@ const (
 	auditSize  = 16 << 20 // bytes after which audit.log becomes audit.log.1
 	auditQueue = 4096     // records that wait for the disk; those beyond are dropped and counted
 	auditClose = 5 * time.Second
+	// auditWait is how long a use waits for its record where it must be logged.
+	auditWait = 5 * time.Second
+	// auditCommand bounds a command that is logged whole. The record has its length.
+	auditCommand = 64 << 10
 )
 
 // AuditOptions says where and how an Audit writes.
@@ -34,15 +40,19 @@ type AuditOptions struct {
 
 // Audit writes two JSON lines per use, joined by "id": the decision, and the end of what was allowed.
 //
-// Callers never wait for the disk: records go through a bounded queue to one goroutine. What a full queue or a failing
-// disk loses is counted, and the log itself says so ("record":"dropped") when it can be written again. Of a command only
-// the program word, the length and a hash under a random key of this Audit are written: equal commands can be told from
-// different ones while the master lives, but not guessed from the log.
+// Callers don't wait for the disk, unless what can't be logged must not happen (Require): records go through a bounded
+// queue to one goroutine. What a full queue or a failing disk loses is counted, and the log itself says so
+// ("record":"dropped") when it can be written again. Of a command only the program word, the length and a hash under a
+// random key of this Audit are written, unless it wants them whole (Full): equal commands can be told from different ones
+// while the master lives, but not guessed from the log.
 //
 // All methods may be called by many goroutines, and on a nil *Audit, which writes nothing.
 type Audit struct {
 	opts AuditOptions
 	key  [32]byte
+
+	required atomic.Bool
+	full     atomic.Bool
 
 	queue   chan any
 	done    chan struct{} // closed when the writer has ended
@@ -76,6 +86,20 @@ func OpenAudit(opts AuditOptions) (*Audit, error) {
 	}
 	go a.write()
 	return a, nil
+}
+
+// Require sets whether a use whose decision can't be logged is denied.
+func (a *Audit) Require(required bool) {
+	if a != nil {
+		a.required.Store(required)
+	}
+}
+
+// Full sets whether commands are logged whole, with the secrets in them.
+func (a *Audit) Full(full bool) {
+	if a != nil {
+		a.full.Store(full)
+	}
 }
 
 // Dropped is how many records were lost so far.
@@ -118,8 +142,11 @@ type decisionEvent struct {
 	took   time.Duration
 
 	program    string
+	command    string // "" unless it is logged whole
 	commandLen int
 	hash       [sha256.Size]byte
+
+	written chan error // told whether it is in the log; nil: nobody waits
 }
 
 type endEvent struct {
@@ -129,20 +156,53 @@ type endEvent struct {
 	duration time.Duration
 }
 
-func (a *Audit) decision(id string, u Use, d *Denied, at time.Time, took time.Duration) {
+// decision logs one. The error is nil unless records are required and this one did not get into the log in time.
+func (a *Audit) decision(ctx context.Context, id string, u Use, d *Denied, at time.Time, took time.Duration) error {
 	if a == nil {
-		return
+		return nil
 	}
+	e := a.newDecision(id, u, d, at, took)
+	if d != nil || !a.required.Load() {
+		a.put(e)
+		return nil
+	}
+	e.written = make(chan error, 1)
+	if !a.put(e) {
+		return errors.New("too many records wait for the disk")
+	}
+	t := time.NewTimer(auditWait)
+	defer t.Stop()
+	select {
+	case err := <-e.written:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-t.C:
+		return fmt.Errorf("the disk did not take the record in %v", auditWait)
+	}
+}
+
+// denial logs one, as far as that is possible.
+func (a *Audit) denial(id string, u Use, d *Denied, at time.Time, took time.Duration) {
+	if a != nil {
+		a.put(a.newDecision(id, u, d, at, took))
+	}
+}
+
+func (a *Audit) newDecision(id string, u Use, d *Denied, at time.Time, took time.Duration) *decisionEvent {
 	e := &decisionEvent{id: id, use: u, denied: d, at: at, took: took}
 	if u.Kind == Exec {
 		e.program, e.commandLen = short(Program(u.Command)), len(u.Command)
 		mac := hmac.New(sha256.New, a.key[:])
 		io.WriteString(mac, u.Command)
 		mac.Sum(e.hash[:0])
+		if a.full.Load() {
+			e.command = strings.Clone(u.Command[:min(len(u.Command), auditCommand)])
+		}
 	}
 	e.use.Command = ""
 	e.use.Subsystem, e.use.Addr, e.use.Name = short(u.Subsystem), short(u.Addr), short(u.Name)
-	a.put(e)
+	return e
 }
 
 func (a *Audit) end(id string, r Result, at time.Time, duration time.Duration) {
@@ -159,20 +219,23 @@ func short(s string) string {
 	return s[:most] + "..."
 }
 
-func (a *Audit) put(event any) {
+// put queues an event; false means that it is lost.
+func (a *Audit) put(event any) bool {
 	if a == nil {
-		return
+		return true
 	}
 	a.mu.RLock()
 	defer a.mu.RUnlock()
 	if a.closed {
 		a.dropped.Add(1)
-		return
+		return false
 	}
 	select {
 	case a.queue <- event:
+		return true
 	default:
 		a.dropped.Add(1)
+		return false
 	}
 }
 
@@ -191,6 +254,7 @@ type decisionRecord struct {
 	UID         int       `json:"uid"`
 	Caller      string    `json:"caller"`
 	Program     string    `json:"program,omitempty"`
+	Command     string    `json:"command,omitempty"`
 	CommandLen  *int      `json:"command_len,omitempty"`
 	CommandHash string    `json:"command_hash,omitempty"`
 	Subsystem   string    `json:"subsystem,omitempty"`
@@ -236,7 +300,7 @@ func (a *Audit) record(event any) any {
 			r.Decision, r.By, r.Reason = "deny", Printable(e.denied.By), Printable(e.denied.Reason)
 		}
 		if e.use.Kind == Exec {
-			r.Program, r.CommandLen = Printable(e.program), &e.commandLen
+			r.Program, r.Command, r.CommandLen = Printable(e.program), Printable(e.command), &e.commandLen
 			r.CommandHash = hex.EncodeToString(e.hash[:16])
 		}
 		return r
@@ -254,9 +318,17 @@ func (a *Audit) record(event any) any {
 func (a *Audit) write() {
 	defer close(a.done)
 	var batch bytes.Buffer
+	var waiting []*decisionEvent
+	add := func(event any) {
+		a.add(&batch, event)
+		if e, ok := event.(*decisionEvent); ok && e.written != nil {
+			waiting = append(waiting, e)
+		}
+	}
 	for event := range a.queue {
 		batch.Reset()
-		a.add(&batch, event)
+		waiting = waiting[:0]
+		add(event)
 	more:
 		for batch.Len() < 64<<10 { // one write for all that waits
 			select {
@@ -264,7 +336,7 @@ func (a *Audit) write() {
 				if !ok {
 					break more
 				}
-				a.add(&batch, event)
+				add(event)
 			default:
 				break more
 			}
@@ -272,6 +344,10 @@ func (a *Audit) write() {
 		written, err := a.flush(batch.Bytes())
 		if err != nil {
 			a.dropped.Add(uint64(bytes.Count(batch.Bytes()[written:], []byte{'\n'})))
+		}
+		for i, e := range waiting {
+			e.written <- err // of a batch that was cut short none counts
+			waiting[i] = nil
 		}
 		a.note(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strings"
 	"sync"
@@ -347,4 +348,85 @@ func ExampleProgram() {
 	// Output:
 	// "git-upload-pack"
 	// ""
+}
+
+// Where records are required, what can't be logged is denied, but for what takes away.
+func TestAuditRequired(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "audit.log")
+	audit := openAudit(t, use.AuditOptions{Path: path})
+	g := use.NewGate(audit)
+	decide := func(u use.Use) *use.Denied {
+		p, denied := g.Decide(t.Context(), u, nil)
+		p.End(use.Result{})
+		return denied
+	}
+	audit.Require(true)
+	if d := decide(someUse(use.Shell)); d != nil {
+		t.Fatal(d)
+	}
+	if len(records(t, path)) == 0 {
+		t.Error("the permit came before the record")
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if d := decide(someUse(use.Shell)); d == nil || d.By != "audit" || !strings.Contains(d.Reason, "no such file") {
+		t.Errorf("without a log: %v", d)
+	}
+	stop := someUse(use.Control)
+	stop.Name = "stop"
+	for _, u := range []use.Use{stop, someUse(use.CancelForward)} {
+		if d := decide(u); d != nil {
+			t.Errorf("%s: %v", u.Kind, d)
+		}
+	}
+	audit.Require(false)
+	if d := decide(someUse(use.Shell)); d != nil {
+		t.Errorf("not required any more: %v", d)
+	}
+	audit.Require(true)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if d := decide(someUse(use.Shell)); d != nil {
+		t.Errorf("with a log again: %v", d)
+	}
+	audit.Close()
+	if d := decide(someUse(use.Shell)); d == nil || d.By != "audit" {
+		t.Errorf("after the log's end: %v", d)
+	}
+}
+
+func TestAuditFull(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	audit := openAudit(t, use.AuditOptions{Path: path})
+	g := use.NewGate(audit)
+	long := strings.Repeat("x", 100_000)
+	for _, full := range []bool{false, true} {
+		audit.Full(full)
+		for _, command := range []string{"mysql -psecret; id\x1b", long} {
+			u := someUse(use.Exec)
+			u.Command = command
+			if _, denied := g.Decide(t.Context(), u, nil); denied != nil {
+				t.Fatal(denied)
+			}
+		}
+	}
+	if err := audit.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var got []any
+	for _, r := range records(t, path) {
+		got = append(got, r["command"])
+		if r["command_len"] == nil || r["command_hash"] == nil {
+			t.Errorf("%v", r)
+		}
+	}
+	if want := []any{nil, nil, `mysql -psecret; id\x1b`, long[:64<<10]}; !reflect.DeepEqual(got, want) {
+		t.Errorf("commands %.200v", got)
+	}
 }

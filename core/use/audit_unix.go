@@ -22,3 +22,8 @@ func lockFile(f *os.File) error {
 		}
 	}
 }
+
+// openState opens a file that only this user writes, for reading.
+func openState(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+}

@@ -37,3 +37,11 @@ func (c Caller) String() string {
 	}
 	return b.String()
 }
+
+// Client is the process that started muxproxy: the first of the caller's is muxproxy itself, unless it is the only one.
+func (c Caller) Client() (Process, bool) {
+	if len(c.Processes) == 0 {
+		return Process{}, false
+	}
+	return c.Processes[min(1, len(c.Processes)-1)], true
+}

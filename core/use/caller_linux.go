@@ -222,3 +222,26 @@ func (r proc) ttyName(nr uint64) string {
 	}
 	return "/dev/" + filepath.Base(target)
 }
+
+// ReadEnv reads the named variables of the environment that p was started with. What is not there is absent; the same
+// goes for a process that has ended or that this user may not look into.
+func ReadEnv(p Process, names []string) map[string]string { return proc{root: "/proc"}.env(p, names) }
+
+func (r proc) env(p Process, names []string) map[string]string {
+	if len(names) == 0 {
+		return nil
+	}
+	environ, err := r.read(p.PID, "environ", maxEnviron)
+	if err != nil {
+		return nil
+	}
+	if st, err := r.stat(p.PID); err != nil || st.start != p.Start {
+		return nil // another process's
+	}
+	return pickEnv(environ, names)
+}
+
+// Self is this process and its parents, as ReadCaller would have it.
+func Self() Caller {
+	return Caller{UID: os.Geteuid(), Processes: proc{root: "/proc"}.chain(os.Getpid())}
+}

@@ -3,6 +3,7 @@ package use
 import (
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -381,4 +382,54 @@ func FuzzParseStat(f *testing.F) {
 			t.Errorf("%q: name %q", b, s.comm)
 		}
 	})
+}
+
+// The variables that were asked for, of a process that is still the same.
+func TestReadEnv(t *testing.T) {
+	cmd := exec.Command("sleep", "60")
+	cmd.Env = []string{"CI=1", "EMPTY=", "CI=2", "SECRET=x", "ODD"}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	}()
+	r := proc{root: "/proc"}
+	p := Process{PID: cmd.Process.Pid}
+	for p.Start == 0 || len(r.env(p, []string{"SECRET"})) == 0 { // until it has become sleep
+		if st, err := r.stat(p.PID); err != nil {
+			t.Fatal(err)
+		} else {
+			p.Start = st.start
+		}
+	}
+	got := ReadEnv(p, []string{"CI", "EMPTY", "ODD", "HOME"})
+	if want := map[string]string{"CI": "2", "EMPTY": ""}; !maps.Equal(got, want) { // os/exec keeps the last of two
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := ReadEnv(p, nil); got != nil {
+		t.Errorf("none asked for: %q", got)
+	}
+	p.Start++
+	if got := ReadEnv(p, []string{"CI"}); got != nil {
+		t.Errorf("of another process: %q", got)
+	}
+}
+
+func TestPickEnv(t *testing.T) {
+	got := pickEnv([]byte("A=1\x00B=x=y\x00A=2\x00=C\x00D\x00E="), []string{"A", "B", "D", "E", ""})
+	if want := map[string]string{"A": "1", "B": "x=y", "E": "", "": "C"}; !maps.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestSelf(t *testing.T) {
+	c := Self()
+	if len(c.Processes) == 0 || c.Processes[0].PID != os.Getpid() || c.UID != os.Geteuid() {
+		t.Errorf("%+v", c)
+	}
+	if p, ok := c.Client(); !ok || len(c.Processes) > 1 && p.PID != os.Getppid() {
+		t.Errorf("%+v", p)
+	}
 }

@@ -18,14 +18,21 @@ type Check func(ctx context.Context, u Use, say func(string)) *Denied
 // NewGate returns a gate that asks the checks in their order, takes the first denial, and allows what none denies. A use
 // of a kind that Kinds does not list is denied. Every decision goes to audit, which may be nil and which the caller
 // closes after the last use has ended.
-func NewGate(audit *Audit, checks ...Check) Gate {
+func NewGate(audit *Audit, checks ...Check) Gate { return newGate(audit, nil, checks) }
+
+// NewGate returns a gate that asks the lock before all checks, and once more after them: they may have waited for a
+// person. The lock is also asked about what comes of uses that were permitted before: see Permit.Connect.
+func (l *Lock) NewGate(audit *Audit, checks ...Check) Gate { return newGate(audit, l, checks) }
+
+func newGate(audit *Audit, l *Lock, checks []Check) Gate {
 	var b [4]byte
 	rand.Read(b[:]) // never fails
-	return &gate{audit: audit, checks: checks, prefix: hex.EncodeToString(b[:]) + "-"}
+	return &gate{audit: audit, lock: l, checks: checks, prefix: hex.EncodeToString(b[:]) + "-"}
 }
 
 type gate struct {
 	audit  *Audit
+	lock   *Lock // nil: none
 	checks []Check
 	prefix string // tells this gate's ids from those of earlier masters in the same log
 	last   atomic.Uint64
@@ -40,16 +47,33 @@ func (g *gate) Decide(ctx context.Context, u Use, say func(string)) (*Permit, *D
 	denied := g.ask(ctx, u, say)
 	now := time.Now()
 	id := g.prefix + strconv.FormatUint(g.last.Add(1), 10)
-	g.audit.decision(id, u, denied, now, now.Sub(began))
+	if err := g.audit.decision(ctx, id, u, denied, now, now.Sub(began)); err != nil && denied == nil && !TakesAway(u) {
+		denied = &Denied{
+			By: "audit", Reason: "this can't be logged, and policy wants it to be: " + Printable(err.Error()),
+			Hint: "see `muxproxy log`",
+		}
+		g.audit.denial(id, u, denied, now, now.Sub(began))
+	}
 	if denied != nil {
 		return nil, denied
 	}
 	return &Permit{&permit{gate: g, id: id, use: u, since: now}}, nil
 }
 
+// locked is the lock's denial of u.
+func (g *gate) locked(u Use) *Denied {
+	if g.lock == nil {
+		return nil
+	}
+	return g.lock.denied(u)
+}
+
 func (g *gate) ask(ctx context.Context, u Use, say func(string)) *Denied {
 	if !slices.Contains(kinds, u.Kind) {
 		return &Denied{By: "gate", Reason: "unknown kind of use " + strconv.Quote(Printable(string(u.Kind)))}
+	}
+	if d := g.locked(u); d != nil {
+		return d
 	}
 	for _, check := range g.checks {
 		if ctx.Err() != nil {
@@ -61,7 +85,7 @@ func (g *gate) ask(ctx context.Context, u Use, say func(string)) *Denied {
 	}
 	switch err := ctx.Err(); {
 	case err == nil:
-		return nil
+		return g.locked(u)
 	case errors.Is(err, context.DeadlineExceeded):
 		return &Denied{By: "gate", Reason: "no decision in time", Hint: "try again"}
 	default:
@@ -100,6 +124,21 @@ func (p *Permit) ID() string {
 // Valid reports whether a gate made p, it has not ended, and its use is of one of kinds (of any, if none are given).
 func (p *Permit) Valid(kinds ...Kind) bool {
 	return p != nil && p.p != nil && !p.p.ended.Load() && (len(kinds) == 0 || slices.Contains(kinds, p.p.use.Kind))
+}
+
+// Connect asks whether a new connection may come of a use that was permitted earlier and still stands: one to a remote
+// forward, to the forwarded agent or display. It is nil unless the lock is on; a denial goes to the audit as one of the
+// use's kind.
+func (p *Permit) Connect() *Denied {
+	if !p.Valid() {
+		return &Denied{By: "gate", Reason: "what this belongs to has ended"}
+	}
+	d := p.p.gate.locked(p.p.use)
+	if d != nil {
+		g := p.p.gate
+		g.audit.denial(g.prefix+strconv.FormatUint(g.last.Add(1), 10), p.p.use, d, time.Now(), 0)
+	}
+	return d
 }
 
 // End says how the use ended. The first call counts, later ones and those on an invalid permit do nothing.

@@ -36,7 +36,9 @@ func records(t *testing.T, path string) []map[string]any {
 	}
 	defer f.Close()
 	var all []map[string]any
-	for s := bufio.NewScanner(f); s.Scan(); {
+	s := bufio.NewScanner(f)
+	s.Buffer(nil, 1<<20)
+	for s.Scan() {
 		var r map[string]any
 		if err := json.Unmarshal(s.Bytes(), &r); err != nil {
 			t.Fatalf("%s: %q: %v", path, s.Text(), err)

@@ -65,6 +65,9 @@ type Caller struct {
 	UID int `json:"uid"`
 	// Processes holds the process that connected, then its parents up to and including the session leader.
 	Processes []Process `json:"processes"`
+	// Env holds the variables that policy refers to, of the process that started the client. They can be secret, and
+	// whoever starts a client chooses them.
+	Env map[string]string `json:"-"`
 }
 
 // Use is one thing that a client asks for.

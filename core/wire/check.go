@@ -134,6 +134,17 @@ func (a *Answer) check() error {
 	if len(a.Message) > maxText {
 		return fmt.Errorf("message of %d bytes", len(a.Message))
 	}
+	if len(a.Via) > maxHops {
+		return fmt.Errorf("%d jump hosts, at most %d", len(a.Via), maxHops)
+	}
+	for _, host := range a.Via {
+		if err := checkText("jump host", host, 2*maxName, ""); err != nil {
+			return err
+		}
+		if host == "" || host[0] == '-' || strings.EqualFold(host, "none") || strings.ContainsAny(host, ", ") {
+			return fmt.Errorf("%q is not one jump host", host)
+		}
+	}
 	return nil
 }
 

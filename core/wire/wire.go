@@ -50,6 +50,9 @@ const (
 type Answer struct {
 	Kind    AnswerKind `json:"kind"`
 	Message string     `json:"message,omitempty"`
+	// Via, with Resolve, are the jump hosts in place of those that ssh_config names, each as ProxyJump has it; empty: none.
+	// nil: as ssh_config says.
+	Via []string `json:"via"`
 }
 
 // Resolution is the bridge's reply to Resolve. It carries the connected agent socket by SCM_RIGHTS if Agent is set.

@@ -83,11 +83,12 @@ func TestFramesBothWays(t *testing.T) {
 	if got, files, err := master.ReadHello(); err != nil || files != nil || !reflect.DeepEqual(got, h) {
 		t.Errorf("hello: %+v, %v, %v", got, files, err)
 	}
-	for _, a := range []Answer{{Kind: Served}, {Kind: Resolve}, {Kind: Bypass}, {Kind: Failed, Message: "no <route>"}} {
+	for _, a := range []Answer{{Kind: Served}, {Kind: Resolve}, {Kind: Bypass}, {Kind: Failed, Message: "no <route>"},
+		{Kind: Resolve, Via: []string{}}, {Kind: Resolve, Via: []string{"me@a:22", "ssh://b"}}} {
 		if err := master.SendAnswer(a); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := bridge.ReadAnswer(); err != nil || got != a {
+		if got, err := bridge.ReadAnswer(); err != nil || !reflect.DeepEqual(got, a) {
 			t.Errorf("answer: %+v, %v", got, err)
 		}
 	}

@@ -70,6 +70,8 @@ type StatusResponse struct {
 	Draining      bool                   `protobuf:"varint,5,opt,name=draining,proto3" json:"draining,omitempty"`
 	Upstreams     []*Upstream            `protobuf:"bytes,6,rep,name=upstreams,proto3" json:"upstreams,omitempty"`
 	Clients       []*Client              `protobuf:"bytes,7,rep,name=clients,proto3" json:"clients,omitempty"`
+	Lock          *LockState             `protobuf:"bytes,8,opt,name=lock,proto3" json:"lock,omitempty"`
+	Policy        string                 `protobuf:"bytes,9,opt,name=policy,proto3" json:"policy,omitempty"` // path of the file; "" if there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -153,6 +155,88 @@ func (x *StatusResponse) GetClients() []*Client {
 	return nil
 }
 
+func (x *StatusResponse) GetLock() *LockState {
+	if x != nil {
+		return x.Lock
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+type LockState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Locked        bool                   `protobuf:"varint,1,opt,name=locked,proto3" json:"locked,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	By            []string               `protobuf:"bytes,3,rep,name=by,proto3" json:"by,omitempty"`                  // "person", "screen", "saver", "sleep"
+	Passphrase    bool                   `protobuf:"varint,4,opt,name=passphrase,proto3" json:"passphrase,omitempty"` // to unlock it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LockState) Reset() {
+	*x = LockState{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LockState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LockState) ProtoMessage() {}
+
+func (x *LockState) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LockState.ProtoReflect.Descriptor instead.
+func (*LockState) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *LockState) GetLocked() bool {
+	if x != nil {
+		return x.Locked
+	}
+	return false
+}
+
+func (x *LockState) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *LockState) GetBy() []string {
+	if x != nil {
+		return x.By
+	}
+	return nil
+}
+
+func (x *LockState) GetPassphrase() bool {
+	if x != nil {
+		return x.Passphrase
+	}
+	return false
+}
+
 // Upstream is one SSH connection to a remote host.
 type Upstream struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -182,7 +266,7 @@ type Upstream struct {
 
 func (x *Upstream) Reset() {
 	*x = Upstream{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[2]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -194,7 +278,7 @@ func (x *Upstream) String() string {
 func (*Upstream) ProtoMessage() {}
 
 func (x *Upstream) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[2]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -207,7 +291,7 @@ func (x *Upstream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
 func (*Upstream) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{2}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Upstream) GetId() uint64 {
@@ -367,7 +451,7 @@ type Client struct {
 
 func (x *Client) Reset() {
 	*x = Client{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[3]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -379,7 +463,7 @@ func (x *Client) String() string {
 func (*Client) ProtoMessage() {}
 
 func (x *Client) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[3]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -392,7 +476,7 @@ func (x *Client) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Client.ProtoReflect.Descriptor instead.
 func (*Client) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{3}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Client) GetId() uint64 {
@@ -461,7 +545,7 @@ type Caller struct {
 
 func (x *Caller) Reset() {
 	*x = Caller{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[4]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -473,7 +557,7 @@ func (x *Caller) String() string {
 func (*Caller) ProtoMessage() {}
 
 func (x *Caller) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[4]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -486,7 +570,7 @@ func (x *Caller) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Caller.ProtoReflect.Descriptor instead.
 func (*Caller) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{4}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Caller) GetUid() int64 {
@@ -518,7 +602,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[5]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -530,7 +614,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[5]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -543,7 +627,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{5}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Process) GetPid() int64 {
@@ -602,7 +686,7 @@ type Channel struct {
 
 func (x *Channel) Reset() {
 	*x = Channel{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[6]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -614,7 +698,7 @@ func (x *Channel) String() string {
 func (*Channel) ProtoMessage() {}
 
 func (x *Channel) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[6]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -627,7 +711,7 @@ func (x *Channel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Channel.ProtoReflect.Descriptor instead.
 func (*Channel) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{6}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Channel) GetKind() string {
@@ -681,7 +765,7 @@ type ExistsRequest struct {
 
 func (x *ExistsRequest) Reset() {
 	*x = ExistsRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[7]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -693,7 +777,7 @@ func (x *ExistsRequest) String() string {
 func (*ExistsRequest) ProtoMessage() {}
 
 func (x *ExistsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[7]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -706,7 +790,7 @@ func (x *ExistsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExistsRequest.ProtoReflect.Descriptor instead.
 func (*ExistsRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{7}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExistsRequest) GetTarget() string {
@@ -725,7 +809,7 @@ type ExistsResponse struct {
 
 func (x *ExistsResponse) Reset() {
 	*x = ExistsResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[8]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -737,7 +821,7 @@ func (x *ExistsResponse) String() string {
 func (*ExistsResponse) ProtoMessage() {}
 
 func (x *ExistsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[8]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -750,7 +834,7 @@ func (x *ExistsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExistsResponse.ProtoReflect.Descriptor instead.
 func (*ExistsResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{8}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExistsResponse) GetExists() bool {
@@ -769,7 +853,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[9]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -781,7 +865,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[9]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -794,7 +878,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{9}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CloseRequest) GetTarget() string {
@@ -813,7 +897,7 @@ type CloseResponse struct {
 
 func (x *CloseResponse) Reset() {
 	*x = CloseResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[10]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -825,7 +909,7 @@ func (x *CloseResponse) String() string {
 func (*CloseResponse) ProtoMessage() {}
 
 func (x *CloseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[10]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -838,7 +922,7 @@ func (x *CloseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseResponse.ProtoReflect.Descriptor instead.
 func (*CloseResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{10}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CloseResponse) GetUpstreams() int64 {
@@ -857,7 +941,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[11]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -869,7 +953,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[11]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -882,7 +966,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{11}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DrainRequest) GetTarget() string {
@@ -901,7 +985,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[12]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -913,7 +997,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[12]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -926,7 +1010,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{12}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DrainResponse) GetUpstreams() int64 {
@@ -945,7 +1029,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[13]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -957,7 +1041,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[13]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -970,7 +1054,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{13}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StopRequest) GetDrain() bool {
@@ -988,7 +1072,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[14]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1000,7 +1084,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[14]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1013,7 +1097,295 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{14}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{15}
+}
+
+type ReloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Color         bool                   `protobuf:"varint,1,opt,name=color,proto3" json:"color,omitempty"` // text may have ANSI colours
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadRequest) Reset() {
+	*x = ReloadRequest{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadRequest) ProtoMessage() {}
+
+func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
+func (*ReloadRequest) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ReloadRequest) GetColor() bool {
+	if x != nil {
+		return x.Color
+	}
+	return false
+}
+
+type ReloadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	File          string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	InForce       bool                   `protobuf:"varint,2,opt,name=in_force,json=inForce,proto3" json:"in_force,omitempty"` // else it has errors, and the policy that was in force still is
+	Text          []byte                 `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"`                       // the diagnostics for a person
+	Diagnostics   []byte                 `protobuf:"bytes,4,opt,name=diagnostics,proto3" json:"diagnostics,omitempty"`         // the same as JSON
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadResponse) Reset() {
+	*x = ReloadResponse{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadResponse) ProtoMessage() {}
+
+func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
+func (*ReloadResponse) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ReloadResponse) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+func (x *ReloadResponse) GetInForce() bool {
+	if x != nil {
+		return x.InForce
+	}
+	return false
+}
+
+func (x *ReloadResponse) GetText() []byte {
+	if x != nil {
+		return x.Text
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetDiagnostics() []byte {
+	if x != nil {
+		return x.Diagnostics
+	}
+	return nil
+}
+
+type LockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Passphrase    []byte                 `protobuf:"bytes,1,opt,name=passphrase,proto3" json:"passphrase,omitempty"` // "" for none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LockRequest) Reset() {
+	*x = LockRequest{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LockRequest) ProtoMessage() {}
+
+func (x *LockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LockRequest.ProtoReflect.Descriptor instead.
+func (*LockRequest) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *LockRequest) GetPassphrase() []byte {
+	if x != nil {
+		return x.Passphrase
+	}
+	return nil
+}
+
+type LockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LockResponse) Reset() {
+	*x = LockResponse{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LockResponse) ProtoMessage() {}
+
+func (x *LockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LockResponse.ProtoReflect.Descriptor instead.
+func (*LockResponse) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{19}
+}
+
+type UnlockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Passphrase    []byte                 `protobuf:"bytes,1,opt,name=passphrase,proto3" json:"passphrase,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockRequest) Reset() {
+	*x = UnlockRequest{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockRequest) ProtoMessage() {}
+
+func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
+func (*UnlockRequest) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *UnlockRequest) GetPassphrase() []byte {
+	if x != nil {
+		return x.Passphrase
+	}
+	return nil
+}
+
+type UnlockResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lock          *LockState             `protobuf:"bytes,1,opt,name=lock,proto3" json:"lock,omitempty"`    // what still locks
+	Wrong         bool                   `protobuf:"varint,2,opt,name=wrong,proto3" json:"wrong,omitempty"` // the passphrase was
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockResponse) Reset() {
+	*x = UnlockResponse{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockResponse) ProtoMessage() {}
+
+func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
+func (*UnlockResponse) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *UnlockResponse) GetLock() *LockState {
+	if x != nil {
+		return x.Lock
+	}
+	return nil
+}
+
+func (x *UnlockResponse) GetWrong() bool {
+	if x != nil {
+		return x.Wrong
+	}
+	return false
 }
 
 type HostKeysRequest struct {
@@ -1024,7 +1396,7 @@ type HostKeysRequest struct {
 
 func (x *HostKeysRequest) Reset() {
 	*x = HostKeysRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[15]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1036,7 +1408,7 @@ func (x *HostKeysRequest) String() string {
 func (*HostKeysRequest) ProtoMessage() {}
 
 func (x *HostKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[15]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1049,7 +1421,7 @@ func (x *HostKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostKeysRequest.ProtoReflect.Descriptor instead.
 func (*HostKeysRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{15}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{22}
 }
 
 type HostKeysResponse struct {
@@ -1062,7 +1434,7 @@ type HostKeysResponse struct {
 
 func (x *HostKeysResponse) Reset() {
 	*x = HostKeysResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1074,7 +1446,7 @@ func (x *HostKeysResponse) String() string {
 func (*HostKeysResponse) ProtoMessage() {}
 
 func (x *HostKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1087,7 +1459,7 @@ func (x *HostKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostKeysResponse.ProtoReflect.Descriptor instead.
 func (*HostKeysResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{16}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HostKeysResponse) GetPlain() []string {
@@ -1112,7 +1484,7 @@ type DumpRequest struct {
 
 func (x *DumpRequest) Reset() {
 	*x = DumpRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1496,7 @@ func (x *DumpRequest) String() string {
 func (*DumpRequest) ProtoMessage() {}
 
 func (x *DumpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1509,7 @@ func (x *DumpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DumpRequest.ProtoReflect.Descriptor instead.
 func (*DumpRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{17}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{24}
 }
 
 type DumpResponse struct {
@@ -1149,7 +1521,7 @@ type DumpResponse struct {
 
 func (x *DumpResponse) Reset() {
 	*x = DumpResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1533,7 @@ func (x *DumpResponse) String() string {
 func (*DumpResponse) ProtoMessage() {}
 
 func (x *DumpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1546,7 @@ func (x *DumpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DumpResponse.ProtoReflect.Descriptor instead.
 func (*DumpResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{18}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DumpResponse) GetText() []byte {
@@ -1196,7 +1568,7 @@ type Denied struct {
 
 func (x *Denied) Reset() {
 	*x = Denied{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1208,7 +1580,7 @@ func (x *Denied) String() string {
 func (*Denied) ProtoMessage() {}
 
 func (x *Denied) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1221,7 +1593,7 @@ func (x *Denied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Denied.ProtoReflect.Descriptor instead.
 func (*Denied) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{19}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Denied) GetBy() string {
@@ -1250,7 +1622,7 @@ var File_core_control_controlpb_control_proto protoreflect.FileDescriptor
 const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\n" +
 	"$core/control/controlpb/control.proto\x12\x13muxproxy.control.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rStatusRequest\"\x98\x02\n" +
+	"\rStatusRequest\"\xe4\x02\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\x120\n" +
@@ -1258,7 +1630,16 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\asockets\x18\x04 \x01(\tR\asockets\x12\x1a\n" +
 	"\bdraining\x18\x05 \x01(\bR\bdraining\x12;\n" +
 	"\tupstreams\x18\x06 \x03(\v2\x1d.muxproxy.control.v1.UpstreamR\tupstreams\x125\n" +
-	"\aclients\x18\a \x03(\v2\x1b.muxproxy.control.v1.ClientR\aclients\"\xa2\x04\n" +
+	"\aclients\x18\a \x03(\v2\x1b.muxproxy.control.v1.ClientR\aclients\x122\n" +
+	"\x04lock\x18\b \x01(\v2\x1e.muxproxy.control.v1.LockStateR\x04lock\x12\x16\n" +
+	"\x06policy\x18\t \x01(\tR\x06policy\"\x85\x01\n" +
+	"\tLockState\x12\x16\n" +
+	"\x06locked\x18\x01 \x01(\bR\x06locked\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x0e\n" +
+	"\x02by\x18\x03 \x03(\tR\x02by\x12\x1e\n" +
+	"\n" +
+	"passphrase\x18\x04 \x01(\bR\n" +
+	"passphrase\"\xa2\x04\n" +
 	"\bUpstream\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x12\n" +
@@ -1322,7 +1703,26 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\tupstreams\x18\x01 \x01(\x03R\tupstreams\"#\n" +
 	"\vStopRequest\x12\x14\n" +
 	"\x05drain\x18\x01 \x01(\bR\x05drain\"\x0e\n" +
-	"\fStopResponse\"\x11\n" +
+	"\fStopResponse\"%\n" +
+	"\rReloadRequest\x12\x14\n" +
+	"\x05color\x18\x01 \x01(\bR\x05color\"u\n" +
+	"\x0eReloadResponse\x12\x12\n" +
+	"\x04file\x18\x01 \x01(\tR\x04file\x12\x19\n" +
+	"\bin_force\x18\x02 \x01(\bR\ainForce\x12\x12\n" +
+	"\x04text\x18\x03 \x01(\fR\x04text\x12 \n" +
+	"\vdiagnostics\x18\x04 \x01(\fR\vdiagnostics\"-\n" +
+	"\vLockRequest\x12\x1e\n" +
+	"\n" +
+	"passphrase\x18\x01 \x01(\fR\n" +
+	"passphrase\"\x0e\n" +
+	"\fLockResponse\"/\n" +
+	"\rUnlockRequest\x12\x1e\n" +
+	"\n" +
+	"passphrase\x18\x01 \x01(\fR\n" +
+	"passphrase\"Z\n" +
+	"\x0eUnlockResponse\x122\n" +
+	"\x04lock\x18\x01 \x01(\v2\x1e.muxproxy.control.v1.LockStateR\x04lock\x12\x14\n" +
+	"\x05wrong\x18\x02 \x01(\bR\x05wrong\"\x11\n" +
 	"\x0fHostKeysRequest\"8\n" +
 	"\x10HostKeysResponse\x12\x14\n" +
 	"\x05plain\x18\x01 \x03(\tR\x05plain\x12\x0e\n" +
@@ -1333,13 +1733,16 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x06Denied\x12\x0e\n" +
 	"\x02by\x18\x01 \x01(\tR\x02by\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint2\xc2\x04\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint2\xb5\x06\n" +
 	"\aControl\x12Q\n" +
 	"\x06Status\x12\".muxproxy.control.v1.StatusRequest\x1a#.muxproxy.control.v1.StatusResponse\x12Q\n" +
 	"\x06Exists\x12\".muxproxy.control.v1.ExistsRequest\x1a#.muxproxy.control.v1.ExistsResponse\x12N\n" +
 	"\x05Close\x12!.muxproxy.control.v1.CloseRequest\x1a\".muxproxy.control.v1.CloseResponse\x12N\n" +
 	"\x05Drain\x12!.muxproxy.control.v1.DrainRequest\x1a\".muxproxy.control.v1.DrainResponse\x12K\n" +
-	"\x04Stop\x12 .muxproxy.control.v1.StopRequest\x1a!.muxproxy.control.v1.StopResponse\x12W\n" +
+	"\x04Stop\x12 .muxproxy.control.v1.StopRequest\x1a!.muxproxy.control.v1.StopResponse\x12Q\n" +
+	"\x06Reload\x12\".muxproxy.control.v1.ReloadRequest\x1a#.muxproxy.control.v1.ReloadResponse\x12K\n" +
+	"\x04Lock\x12 .muxproxy.control.v1.LockRequest\x1a!.muxproxy.control.v1.LockResponse\x12Q\n" +
+	"\x06Unlock\x12\".muxproxy.control.v1.UnlockRequest\x1a#.muxproxy.control.v1.UnlockResponse\x12W\n" +
 	"\bHostKeys\x12$.muxproxy.control.v1.HostKeysRequest\x1a%.muxproxy.control.v1.HostKeysResponse\x12K\n" +
 	"\x04Dump\x12 .muxproxy.control.v1.DumpRequest\x1a!.muxproxy.control.v1.DumpResponseB5Z3github.com/muxproxy/muxproxy/core/control/controlpbb\x06proto3"
 
@@ -1355,60 +1758,76 @@ func file_core_control_controlpb_control_proto_rawDescGZIP() []byte {
 	return file_core_control_controlpb_control_proto_rawDescData
 }
 
-var file_core_control_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_core_control_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_core_control_controlpb_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: muxproxy.control.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: muxproxy.control.v1.StatusResponse
-	(*Upstream)(nil),              // 2: muxproxy.control.v1.Upstream
-	(*Client)(nil),                // 3: muxproxy.control.v1.Client
-	(*Caller)(nil),                // 4: muxproxy.control.v1.Caller
-	(*Process)(nil),               // 5: muxproxy.control.v1.Process
-	(*Channel)(nil),               // 6: muxproxy.control.v1.Channel
-	(*ExistsRequest)(nil),         // 7: muxproxy.control.v1.ExistsRequest
-	(*ExistsResponse)(nil),        // 8: muxproxy.control.v1.ExistsResponse
-	(*CloseRequest)(nil),          // 9: muxproxy.control.v1.CloseRequest
-	(*CloseResponse)(nil),         // 10: muxproxy.control.v1.CloseResponse
-	(*DrainRequest)(nil),          // 11: muxproxy.control.v1.DrainRequest
-	(*DrainResponse)(nil),         // 12: muxproxy.control.v1.DrainResponse
-	(*StopRequest)(nil),           // 13: muxproxy.control.v1.StopRequest
-	(*StopResponse)(nil),          // 14: muxproxy.control.v1.StopResponse
-	(*HostKeysRequest)(nil),       // 15: muxproxy.control.v1.HostKeysRequest
-	(*HostKeysResponse)(nil),      // 16: muxproxy.control.v1.HostKeysResponse
-	(*DumpRequest)(nil),           // 17: muxproxy.control.v1.DumpRequest
-	(*DumpResponse)(nil),          // 18: muxproxy.control.v1.DumpResponse
-	(*Denied)(nil),                // 19: muxproxy.control.v1.Denied
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*LockState)(nil),             // 2: muxproxy.control.v1.LockState
+	(*Upstream)(nil),              // 3: muxproxy.control.v1.Upstream
+	(*Client)(nil),                // 4: muxproxy.control.v1.Client
+	(*Caller)(nil),                // 5: muxproxy.control.v1.Caller
+	(*Process)(nil),               // 6: muxproxy.control.v1.Process
+	(*Channel)(nil),               // 7: muxproxy.control.v1.Channel
+	(*ExistsRequest)(nil),         // 8: muxproxy.control.v1.ExistsRequest
+	(*ExistsResponse)(nil),        // 9: muxproxy.control.v1.ExistsResponse
+	(*CloseRequest)(nil),          // 10: muxproxy.control.v1.CloseRequest
+	(*CloseResponse)(nil),         // 11: muxproxy.control.v1.CloseResponse
+	(*DrainRequest)(nil),          // 12: muxproxy.control.v1.DrainRequest
+	(*DrainResponse)(nil),         // 13: muxproxy.control.v1.DrainResponse
+	(*StopRequest)(nil),           // 14: muxproxy.control.v1.StopRequest
+	(*StopResponse)(nil),          // 15: muxproxy.control.v1.StopResponse
+	(*ReloadRequest)(nil),         // 16: muxproxy.control.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 17: muxproxy.control.v1.ReloadResponse
+	(*LockRequest)(nil),           // 18: muxproxy.control.v1.LockRequest
+	(*LockResponse)(nil),          // 19: muxproxy.control.v1.LockResponse
+	(*UnlockRequest)(nil),         // 20: muxproxy.control.v1.UnlockRequest
+	(*UnlockResponse)(nil),        // 21: muxproxy.control.v1.UnlockResponse
+	(*HostKeysRequest)(nil),       // 22: muxproxy.control.v1.HostKeysRequest
+	(*HostKeysResponse)(nil),      // 23: muxproxy.control.v1.HostKeysResponse
+	(*DumpRequest)(nil),           // 24: muxproxy.control.v1.DumpRequest
+	(*DumpResponse)(nil),          // 25: muxproxy.control.v1.DumpResponse
+	(*Denied)(nil),                // 26: muxproxy.control.v1.Denied
+	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
 }
 var file_core_control_controlpb_control_proto_depIdxs = []int32{
-	20, // 0: muxproxy.control.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
-	2,  // 1: muxproxy.control.v1.StatusResponse.upstreams:type_name -> muxproxy.control.v1.Upstream
-	3,  // 2: muxproxy.control.v1.StatusResponse.clients:type_name -> muxproxy.control.v1.Client
-	20, // 3: muxproxy.control.v1.Upstream.since:type_name -> google.protobuf.Timestamp
-	20, // 4: muxproxy.control.v1.Upstream.last_heard:type_name -> google.protobuf.Timestamp
-	20, // 5: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
-	4,  // 6: muxproxy.control.v1.Client.caller:type_name -> muxproxy.control.v1.Caller
-	6,  // 7: muxproxy.control.v1.Client.channels:type_name -> muxproxy.control.v1.Channel
-	5,  // 8: muxproxy.control.v1.Caller.processes:type_name -> muxproxy.control.v1.Process
-	20, // 9: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
-	0,  // 10: muxproxy.control.v1.Control.Status:input_type -> muxproxy.control.v1.StatusRequest
-	7,  // 11: muxproxy.control.v1.Control.Exists:input_type -> muxproxy.control.v1.ExistsRequest
-	9,  // 12: muxproxy.control.v1.Control.Close:input_type -> muxproxy.control.v1.CloseRequest
-	11, // 13: muxproxy.control.v1.Control.Drain:input_type -> muxproxy.control.v1.DrainRequest
-	13, // 14: muxproxy.control.v1.Control.Stop:input_type -> muxproxy.control.v1.StopRequest
-	15, // 15: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
-	17, // 16: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
-	1,  // 17: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
-	8,  // 18: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
-	10, // 19: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
-	12, // 20: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
-	14, // 21: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
-	16, // 22: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
-	18, // 23: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
-	17, // [17:24] is the sub-list for method output_type
-	10, // [10:17] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	27, // 0: muxproxy.control.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
+	3,  // 1: muxproxy.control.v1.StatusResponse.upstreams:type_name -> muxproxy.control.v1.Upstream
+	4,  // 2: muxproxy.control.v1.StatusResponse.clients:type_name -> muxproxy.control.v1.Client
+	2,  // 3: muxproxy.control.v1.StatusResponse.lock:type_name -> muxproxy.control.v1.LockState
+	27, // 4: muxproxy.control.v1.LockState.since:type_name -> google.protobuf.Timestamp
+	27, // 5: muxproxy.control.v1.Upstream.since:type_name -> google.protobuf.Timestamp
+	27, // 6: muxproxy.control.v1.Upstream.last_heard:type_name -> google.protobuf.Timestamp
+	27, // 7: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
+	5,  // 8: muxproxy.control.v1.Client.caller:type_name -> muxproxy.control.v1.Caller
+	7,  // 9: muxproxy.control.v1.Client.channels:type_name -> muxproxy.control.v1.Channel
+	6,  // 10: muxproxy.control.v1.Caller.processes:type_name -> muxproxy.control.v1.Process
+	27, // 11: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
+	2,  // 12: muxproxy.control.v1.UnlockResponse.lock:type_name -> muxproxy.control.v1.LockState
+	0,  // 13: muxproxy.control.v1.Control.Status:input_type -> muxproxy.control.v1.StatusRequest
+	8,  // 14: muxproxy.control.v1.Control.Exists:input_type -> muxproxy.control.v1.ExistsRequest
+	10, // 15: muxproxy.control.v1.Control.Close:input_type -> muxproxy.control.v1.CloseRequest
+	12, // 16: muxproxy.control.v1.Control.Drain:input_type -> muxproxy.control.v1.DrainRequest
+	14, // 17: muxproxy.control.v1.Control.Stop:input_type -> muxproxy.control.v1.StopRequest
+	16, // 18: muxproxy.control.v1.Control.Reload:input_type -> muxproxy.control.v1.ReloadRequest
+	18, // 19: muxproxy.control.v1.Control.Lock:input_type -> muxproxy.control.v1.LockRequest
+	20, // 20: muxproxy.control.v1.Control.Unlock:input_type -> muxproxy.control.v1.UnlockRequest
+	22, // 21: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
+	24, // 22: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
+	1,  // 23: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
+	9,  // 24: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
+	11, // 25: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
+	13, // 26: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
+	15, // 27: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
+	17, // 28: muxproxy.control.v1.Control.Reload:output_type -> muxproxy.control.v1.ReloadResponse
+	19, // 29: muxproxy.control.v1.Control.Lock:output_type -> muxproxy.control.v1.LockResponse
+	21, // 30: muxproxy.control.v1.Control.Unlock:output_type -> muxproxy.control.v1.UnlockResponse
+	23, // 31: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
+	25, // 32: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
+	23, // [23:33] is the sub-list for method output_type
+	13, // [13:23] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_core_control_controlpb_control_proto_init() }
@@ -1422,7 +1841,7 @@ func file_core_control_controlpb_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_control_controlpb_control_proto_rawDesc), len(file_core_control_controlpb_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,6 +27,9 @@ const (
 	Control_Close_FullMethodName    = "/muxproxy.control.v1.Control/Close"
 	Control_Drain_FullMethodName    = "/muxproxy.control.v1.Control/Drain"
 	Control_Stop_FullMethodName     = "/muxproxy.control.v1.Control/Stop"
+	Control_Reload_FullMethodName   = "/muxproxy.control.v1.Control/Reload"
+	Control_Lock_FullMethodName     = "/muxproxy.control.v1.Control/Lock"
+	Control_Unlock_FullMethodName   = "/muxproxy.control.v1.Control/Unlock"
 	Control_HostKeys_FullMethodName = "/muxproxy.control.v1.Control/HostKeys"
 	Control_Dump_FullMethodName     = "/muxproxy.control.v1.Control/Dump"
 )
@@ -37,11 +40,14 @@ const (
 type ControlClient interface {
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 	Exists(ctx context.Context, in *ExistsRequest, opts ...grpc.CallOption) (*ExistsResponse, error)
-	// Close, Drain and Stop change something: they pass the gate. A denial is the status PERMISSION_DENIED with a Denied
-	// among its details.
+	// Close, Drain, Stop, Reload, Lock and Unlock change something: they pass the gate. A denial is the status
+	// PERMISSION_DENIED with a Denied among its details.
 	Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error)
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
+	Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error)
+	Lock(ctx context.Context, in *LockRequest, opts ...grpc.CallOption) (*LockResponse, error)
+	Unlock(ctx context.Context, in *UnlockRequest, opts ...grpc.CallOption) (*UnlockResponse, error)
 	HostKeys(ctx context.Context, in *HostKeysRequest, opts ...grpc.CallOption) (*HostKeysResponse, error)
 	Dump(ctx context.Context, in *DumpRequest, opts ...grpc.CallOption) (*DumpResponse, error)
 }
@@ -104,6 +110,36 @@ func (c *controlClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *controlClient) Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReloadResponse)
+	err := c.cc.Invoke(ctx, Control_Reload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlClient) Lock(ctx context.Context, in *LockRequest, opts ...grpc.CallOption) (*LockResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LockResponse)
+	err := c.cc.Invoke(ctx, Control_Lock_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlClient) Unlock(ctx context.Context, in *UnlockRequest, opts ...grpc.CallOption) (*UnlockResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UnlockResponse)
+	err := c.cc.Invoke(ctx, Control_Unlock_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlClient) HostKeys(ctx context.Context, in *HostKeysRequest, opts ...grpc.CallOption) (*HostKeysResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(HostKeysResponse)
@@ -130,11 +166,14 @@ func (c *controlClient) Dump(ctx context.Context, in *DumpRequest, opts ...grpc.
 type ControlServer interface {
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	Exists(context.Context, *ExistsRequest) (*ExistsResponse, error)
-	// Close, Drain and Stop change something: they pass the gate. A denial is the status PERMISSION_DENIED with a Denied
-	// among its details.
+	// Close, Drain, Stop, Reload, Lock and Unlock change something: they pass the gate. A denial is the status
+	// PERMISSION_DENIED with a Denied among its details.
 	Close(context.Context, *CloseRequest) (*CloseResponse, error)
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
+	Reload(context.Context, *ReloadRequest) (*ReloadResponse, error)
+	Lock(context.Context, *LockRequest) (*LockResponse, error)
+	Unlock(context.Context, *UnlockRequest) (*UnlockResponse, error)
 	HostKeys(context.Context, *HostKeysRequest) (*HostKeysResponse, error)
 	Dump(context.Context, *DumpRequest) (*DumpResponse, error)
 	mustEmbedUnimplementedControlServer()
@@ -161,6 +200,15 @@ func (UnimplementedControlServer) Drain(context.Context, *DrainRequest) (*DrainR
 }
 func (UnimplementedControlServer) Stop(context.Context, *StopRequest) (*StopResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
+}
+func (UnimplementedControlServer) Reload(context.Context, *ReloadRequest) (*ReloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reload not implemented")
+}
+func (UnimplementedControlServer) Lock(context.Context, *LockRequest) (*LockResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Lock not implemented")
+}
+func (UnimplementedControlServer) Unlock(context.Context, *UnlockRequest) (*UnlockResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Unlock not implemented")
 }
 func (UnimplementedControlServer) HostKeys(context.Context, *HostKeysRequest) (*HostKeysResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method HostKeys not implemented")
@@ -279,6 +327,60 @@ func _Control_Stop_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_Reload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Reload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Reload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Reload(ctx, req.(*ReloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Control_Lock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Lock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Lock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Lock(ctx, req.(*LockRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Control_Unlock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnlockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Unlock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Unlock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Unlock(ctx, req.(*UnlockRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Control_HostKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(HostKeysRequest)
 	if err := dec(in); err != nil {
@@ -341,6 +443,18 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Stop",
 			Handler:    _Control_Stop_Handler,
+		},
+		{
+			MethodName: "Reload",
+			Handler:    _Control_Reload_Handler,
+		},
+		{
+			MethodName: "Lock",
+			Handler:    _Control_Lock_Handler,
+		},
+		{
+			MethodName: "Unlock",
+			Handler:    _Control_Unlock_Handler,
 		},
 		{
 			MethodName: "HostKeys",

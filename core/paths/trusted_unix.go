@@ -1,0 +1,69 @@
+//go:build unix
+
+package paths
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// ReadTrusted reads a file that others must not be able to change: a regular one of at most max bytes, which belongs to
+// this user or root and is writable by its owner only (as ssh wants of its own, see read_config_file_depth of OpenSSH's
+// readconf.c), in a directory of which the same holds, but for its group. A symbolic link is followed if those two own
+// it. The error wraps os.ErrNotExist if there is none.
+func ReadTrusted(path string, max int64) ([]byte, error) {
+	if !filepath.IsAbs(path) {
+		return nil, fmt.Errorf("%q: not an absolute path", path)
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range []string{path, real} {
+		fi, err := os.Lstat(p)
+		if err != nil {
+			return nil, err
+		}
+		dir, err := os.Stat(filepath.Dir(p))
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case !Trusted(owner(fi)):
+			return nil, fmt.Errorf("%s belongs to uid %d, not to uid %d", p, owner(fi), os.Geteuid())
+		case !Trusted(owner(dir)):
+			return nil, fmt.Errorf("%s belongs to uid %d, not to uid %d", filepath.Dir(p), owner(dir), os.Geteuid())
+		}
+		if err := checkParents(filepath.Dir(p)); err != nil {
+			return nil, err
+		}
+	}
+	// Without O_NONBLOCK a fifo would wait for its writer. The rest is asked of what was opened.
+	f, err := os.OpenFile(real, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !fi.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	case !Trusted(owner(fi)):
+		return nil, fmt.Errorf("%s belongs to uid %d, not to uid %d", path, owner(fi), os.Geteuid())
+	case fi.Mode().Perm()&0o022 != 0:
+		return nil, fmt.Errorf("%s is writable by others (mode %04o): chmod go-w %s", path, fi.Mode().Perm(), path)
+	}
+	text, err := io.ReadAll(io.LimitReader(f, max+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(text)) > max {
+		return nil, fmt.Errorf("%s is longer than %d bytes", path, max)
+	}
+	return text, nil
+}

@@ -1,0 +1,5 @@
+host "*" {
+  via {
+  }
+  confirm = "always"
+}

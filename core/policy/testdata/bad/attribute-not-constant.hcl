@@ -1,0 +1,8 @@
+host "*" {
+  deny {
+    reason = "no ${use.kind} here"
+  }
+  confirm {
+    ask = host.name == "x" ? "always" : "never"
+  }
+}

@@ -1,0 +1,6 @@
+host "*" {
+  confirm {}
+  persist {
+    until = "24:00"
+  }
+}

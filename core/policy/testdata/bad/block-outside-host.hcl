@@ -1,0 +1,5 @@
+confirm {
+  ask = "always"
+}
+deny {
+}

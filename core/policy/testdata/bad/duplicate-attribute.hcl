@@ -1,0 +1,4 @@
+master {
+  log_level = "info"
+  log_level = "warn"
+}

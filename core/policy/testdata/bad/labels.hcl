@@ -1,0 +1,12 @@
+master "x" {
+}
+plugin {
+}
+host {
+}
+host "*" {
+  deny "x" {}
+  lane {}
+  lane "fast" {}
+  confirm "x" {}
+}

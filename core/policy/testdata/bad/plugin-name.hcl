@@ -1,0 +1,4 @@
+plugin "Audit Mail" {
+}
+plugin "deny" {
+}

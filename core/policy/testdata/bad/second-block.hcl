@@ -1,0 +1,8 @@
+master {
+}
+master {
+}
+plugin "other" {
+}
+plugin "other" {
+}

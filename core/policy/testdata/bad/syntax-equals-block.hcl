@@ -1,0 +1,3 @@
+master = {
+  log_level = "info"
+}

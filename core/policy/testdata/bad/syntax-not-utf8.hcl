@@ -1,0 +1,3 @@
+host "*" {
+  deny { reason = "ÿþ" }
+}

@@ -1,0 +1,6 @@
+host "a" {
+  share = = true
+}
+host "b" {
+  via = ["x"
+}

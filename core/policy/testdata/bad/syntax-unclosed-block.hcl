@@ -1,0 +1,2 @@
+host "*" {
+  share = true

@@ -1,0 +1,3 @@
+host "* {
+  share = true
+}

@@ -1,0 +1,4 @@
+master {
+  loglevel = "info"
+  audits   = "on"
+}

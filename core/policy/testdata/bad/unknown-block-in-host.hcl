@@ -1,0 +1,7 @@
+host "*" {
+  confrim {
+    ask = "always"
+  }
+  acl {
+  }
+}

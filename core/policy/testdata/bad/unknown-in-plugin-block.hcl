@@ -1,0 +1,7 @@
+host "*" {
+  confirm {}
+  persist {
+    idel = "10m"
+    max  = "8h"
+  }
+}

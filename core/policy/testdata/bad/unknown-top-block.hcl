@@ -1,0 +1,5 @@
+hots "*" {
+}
+mastr {
+}
+share = true

@@ -1,0 +1,8 @@
+host "*" {
+  deny {
+    when = use.kind == "remote_forward"
+  }
+  deny {
+    when = "sftp" != use.kind
+  }
+}

@@ -1,0 +1,12 @@
+host "*" {
+  deny {
+    when = use.command == null
+  }
+  deny {
+    when = null
+  }
+  confirm {
+    ask     = null
+    timeout = jsondecode("null")
+  }
+}

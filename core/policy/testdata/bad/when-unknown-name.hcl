@@ -1,0 +1,5 @@
+host "*" {
+  deny {
+    when = usr.kind == "exec" || use.comand == "x" || client.exec == "y" || host.nam != "z"
+  }
+}
