@@ -37,13 +37,15 @@ test:
 	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
 		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
-		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper
+		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper \
+		python3.grpc:python3-grpcio python3.google.protobuf:python3-protobuf \
+		protoc:protobuf-compiler grpc_python_plugin:protobuf-compiler-grpc
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)
 	go test -race -timeout 10m -count=1 ./e2e
 	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e
 
 lint: cross-vet
-	@unformatted=$$(gofmt -l *.go core cmd e2e bench); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
 	go vet ./...
 	$(tool) staticcheck ./...
 	@tools/vulncheck.sh

@@ -71,6 +71,9 @@ func breaches(pkgs map[string]pkg) []string {
 			if d == "core/control/controlpb" && name != "core/control" {
 				report(p, "imports %s: messages stay in the package that speaks them", d)
 			}
+			if d == "core/plugin/pluginpb" && !under(name, "core/plugin") && name != "core/pluginhost" {
+				report(p, "imports %s: messages stay in the packages that speak them", d)
+			}
 		}
 		for _, dep := range p.Deps {
 			d := ours(dep)
@@ -94,7 +97,7 @@ func breaches(pkgs map[string]pkg) []string {
 				report(p, "depends on %s: it is started for every ssh, and what it links costs time", dep)
 			}
 		}
-		if under(name, "core/control/controlpb") {
+		if under(name, "core/control/controlpb") || under(name, "core/plugin/pluginpb") {
 			for _, file := range p.GoFiles {
 				if file != "doc.go" && !strings.HasSuffix(file, ".pb.go") {
 					report(p, "has %s: generated code and nothing else", file)
@@ -135,7 +138,8 @@ func TestRules(t *testing.T) {
 	for _, goos := range []string{"linux", "darwin", "windows"} {
 		t.Run(goos, func(t *testing.T) {
 			pkgs := load(t, goos)
-			for _, name := range []string{"cmd/muxproxy", "cmd/muxproxyd", "core/use", "core/policy", "core/control/controlpb"} {
+			for _, name := range []string{"cmd/muxproxy", "cmd/muxproxyd", "core/use", "core/policy", "core/control/controlpb",
+				"core/plugin/pluginpb"} {
 				if _, ok := pkgs[module+name]; !ok {
 					t.Errorf("%s is not among the %d packages found", name, len(pkgs))
 				}
@@ -185,6 +189,11 @@ func TestRulesBite(t *testing.T) {
 		{"core/master", []string{"core/control/controlpb"}, nil, nil, "", "messages stay"},
 		{"core/control/controlpb", nil, nil, []string{"doc.go", "control.pb.go", "control_grpc.pb.go"}, "", ""},
 		{"core/control/controlpb", nil, nil, []string{"helper.go"}, "", "generated code and nothing else"},
+		{"core/pluginhost", []string{"core/plugin/pluginpb"}, nil, nil, "", ""},
+		{"core/plugin/plugintest", []string{"core/plugin/pluginpb"}, nil, nil, "", ""},
+		{"core/master", []string{"core/plugin/pluginpb"}, nil, nil, "", "messages stay"},
+		{"core/plugin/pluginpb", nil, nil, []string{"doc.go", "plugin.pb.go"}, "", ""},
+		{"core/plugin/pluginpb", nil, nil, []string{"helper.go"}, "", "generated code and nothing else"},
 		{"core/use", nil, nil, nil, "package use is a comment", "no comment"},
 		{"core/use", nil, nil, nil, "Package used says what.", "no comment"},
 		{"cmd/muxproxy", nil, nil, nil, "Package main is it.", "no comment"},

@@ -107,6 +107,9 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 				_ = cmd.Usage() // writes to stderr, the last thing that can be tried
 				return &statusError{status: exitUsage}
 			}
+			if found, err := runVerb(cmd.Context(), a, args[0], args[1:]); found {
+				return err
+			}
 			msg := fmt.Sprintf("unknown command %q", args[0])
 			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 				msg += fmt.Sprintf("; did you mean %q?", near[0])
@@ -114,12 +117,13 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 			return &statusError{exitUsage, errors.New(msg + "; see `muxproxy --help`")}
 		},
 	}
+	root.Flags().SetInterspersed(false) // what follows a plugin's command is the plugin's
 	root.SuggestionsMinimumDistance = 2
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.AddCommand(
 		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
-		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a),
+		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
 	)
 	return root
 }

@@ -36,6 +36,9 @@ func Serve(ctx context.Context, l net.Listener, b Backend) error {
 		grpc.UnaryInterceptor(bound),
 	)
 	controlpb.RegisterControlServer(s, &server{backend: b})
+	if p, ok := b.(PluginBackend); ok {
+		controlpb.RegisterPluginsServer(s, &pluginServer{backend: p})
+	}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	var err error

@@ -1,0 +1,324 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"syscall"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+)
+
+// ErrDenied is wrapped by the errors of calls to the Host that policy does not allow: `may` lacks the capability, the host
+// has no block of the plugin, or the gate denied.
+var ErrDenied = errors.New("denied")
+
+// RefusedError is a refusal by the remote server.
+type RefusedError struct {
+	Reason  uint32 // RFC 4254 section 5.1
+	Message string
+}
+
+func (e *RefusedError) Error() string { return "refused by the server: " + e.Message }
+
+// Host is the master, as far as policy lets this plugin. It may be used by many goroutines.
+type Host struct {
+	client pluginpb.HostClient
+	stream string // path of the stream socket
+}
+
+// NewHost returns the master that a Hello names, and what ends the connection to it. It connects when it is first used.
+func NewHost(h Hello) (*Host, func() error, error) {
+	conn, err := grpc.NewClient(h.Host, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithNoProxy(), grpc.WithPerRPCCredentials(token(h.HostToken)))
+	if err != nil {
+		return nil, nil, err
+	}
+	return &Host{pluginpb.NewHostClient(conn), h.Stream}, conn.Close, nil
+}
+
+// token goes with every call. The socket is local, in a directory of this user alone: nothing need be encrypted.
+type token string
+
+func (t token) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return map[string]string{TokenKey: string(t)}, nil
+}
+
+func (token) RequireTransportSecurity() bool { return false }
+
+// hostError is an error of the master's as a line for a person.
+func hostError(err error) error {
+	if err == nil {
+		return nil
+	}
+	st := status.Convert(err)
+	switch st.Code() {
+	case codes.PermissionDenied:
+		return fmt.Errorf("%w: %s", ErrDenied, st.Message())
+	case codes.Canceled:
+		return context.Canceled
+	case codes.DeadlineExceeded:
+		return context.DeadlineExceeded
+	}
+	return errors.New(st.Message())
+}
+
+// Connections lists the connections to hosts with a block of this plugin. It needs CanList.
+func (h *Host) Connections(ctx context.Context) ([]Connection, error) {
+	r, err := h.client.Connections(ctx, &pluginpb.ConnectionsRequest{})
+	return connectionsFromPB(r.GetConnections()), hostError(err)
+}
+
+// Connect returns the connection to a target (HOST, USER@HOST or USER@HOST:PORT, as ssh would be told), which it makes if
+// there is none. Nobody can be asked for a password. It needs CanConnect.
+func (h *Host) Connect(ctx context.Context, target string) (Connection, error) {
+	r, err := h.client.Connect(ctx, &pluginpb.ConnectRequest{Target: target})
+	return connectionFromPB(r.GetConnection()), hostError(err)
+}
+
+// Close ends a connection and all that it carries. It needs CanClose.
+func (h *Host) Close(ctx context.Context, connection uint64) error {
+	_, err := h.client.Close(ctx, &pluginpb.CloseRequest{Connection: connection})
+	return hostError(err)
+}
+
+// Decide answers one of this plugin's own pending uses, by its Request's ID. It needs CanDecide.
+func (h *Host) Decide(ctx context.Context, id string, d Decision) error {
+	_, err := h.client.Decide(ctx, &pluginpb.DecideRequest{Id: id, Decision: d.toPB()})
+	return hostError(err)
+}
+
+// Notify shows a line to the clients of a connection. It needs CanNotify.
+func (h *Host) Notify(ctx context.Context, connection uint64, line string) error {
+	_, err := h.client.Notify(ctx, &pluginpb.NotifyRequest{Connection: connection, Message: line})
+	return hostError(err)
+}
+
+// Keep stores at most 64 KiB over restarts of plugin and master, in place of what was stored before. It needs CanKeep.
+func (h *Host) Keep(ctx context.Context, data []byte) error {
+	_, err := h.client.Keep(ctx, &pluginpb.KeepRequest{Data: data})
+	return hostError(err)
+}
+
+// Kept returns what was stored last; nil if nothing was. It needs CanKeep.
+func (h *Host) Kept(ctx context.Context) ([]byte, error) {
+	r, err := h.client.Kept(ctx, &pluginpb.KeptRequest{})
+	return r.GetData(), hostError(err)
+}
+
+// Stream is a stream to or from the remote host. It can be half-closed with CloseWrite.
+type Stream struct {
+	*net.UnixConn
+	local, remote net.Addr
+}
+
+// LocalAddr is what was listened on, or empty.
+func (s *Stream) LocalAddr() net.Addr { return s.local }
+
+// RemoteAddr is what was dialled, or where the server says that the stream comes from.
+func (s *Stream) RemoteAddr() net.Addr { return s.remote }
+
+// addr is an address on the remote host's side.
+type addr struct{ network, text string }
+
+func (a addr) Network() string { return a.network }
+func (a addr) String() string  { return a.text }
+
+// Dial opens a stream through a connection, to an address as the remote host sees it: host:port for network "tcp", a path
+// for "unix". The caller closes it. The error is a *RefusedError if the server did not want to. It needs CanDial.
+func (h *Host) Dial(ctx context.Context, connection uint64, network, address string) (*Stream, error) {
+	r, err := h.dial(ctx, &pluginpb.DialRequest{Connection: connection, Network: network, Address: address})
+	if err != nil {
+		return nil, err
+	}
+	c, err := h.redeem(ctx, r, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &Stream{c, addr{}, addr{network, address}}, nil
+}
+
+// Handover is a stream for a socket that the plugin has.
+type Handover struct {
+	Connection       uint64
+	Network, Address string
+	Origin           string // IP:PORT of the socket's peer; may be ""
+	Data             []byte // what was already read from the socket, at most 64 KiB
+}
+
+// HandOver is Dial for a stream that the master itself copies to and from socket, a connected stream socket: no byte of
+// it crosses the plugin. socket stays the caller's, who closes it at once. The stream lives without the plugin; wait
+// returns when it has ended, and has to be called.
+func (h *Host) HandOver(ctx context.Context, o Handover, socket syscall.Conn) (wait func(), err error) {
+	r, err := h.dial(ctx, &pluginpb.DialRequest{
+		Connection: o.Connection, Network: o.Network, Address: o.Address, Origin: o.Origin, Data: o.Data,
+	})
+	if err != nil {
+		return nil, err
+	}
+	c, err := h.redeem(ctx, r, socket)
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		var b [1]byte
+		_, _ = c.Read(b[:]) // EOF is all that comes
+		c.Close()
+	}, nil
+}
+
+func (h *Host) dial(ctx context.Context, r *pluginpb.DialRequest) (*pluginpb.Ticket, error) {
+	answer, err := h.client.Dial(ctx, r)
+	if err != nil {
+		return nil, hostError(err)
+	}
+	if refused := answer.GetRefusal(); refused != nil {
+		return nil, &RefusedError{refused.GetReason(), refused.GetMessage()}
+	}
+	return answer.GetTicket(), nil
+}
+
+// redeem spends a ticket at the stream socket.
+func (h *Host) redeem(ctx context.Context, t *pluginpb.Ticket, socket syscall.Conn) (*net.UnixConn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", h.stream)
+	if err != nil {
+		return nil, fmt.Errorf("stream socket: %w", err)
+	}
+	c := conn.(*net.UnixConn)
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	err = spend(c, t.GetId(), socket)
+	if !stop() {
+		err = ctx.Err()
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func spend(c *net.UnixConn, id []byte, socket syscall.Conn) error {
+	if err := sendTicket(c, id, socket); err != nil {
+		return fmt.Errorf("stream socket: %w", err)
+	}
+	var answer [256]byte
+	if _, err := c.Read(answer[:1]); err != nil {
+		return fmt.Errorf("stream socket: %w", err)
+	}
+	if answer[0] == 0 {
+		return nil
+	}
+	n := 0
+	for n < len(answer) {
+		m, err := c.Read(answer[n:])
+		n += m
+		if err != nil {
+			break
+		}
+	}
+	return fmt.Errorf("stream socket: %s", answer[:n])
+}
+
+// Listen accepts streams on the remote host's side: at host:port (port 0: the server chooses) for network "tcp", at a
+// path for "unix". Closing the listener, or the end of ctx, ends the forward, not the streams. It needs CanListen.
+func (h *Host) Listen(ctx context.Context, connection uint64, network, address string) (net.Listener, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	stream, err := h.client.Listen(ctx, &pluginpb.ListenRequest{Connection: connection, Network: network, Address: address})
+	var first *pluginpb.ListenResponse
+	if err == nil {
+		first, err = stream.Recv()
+	}
+	if err != nil {
+		cancel()
+		return nil, hostError(err)
+	}
+	l := &listener{cancel: cancel, addr: addr{network, first.GetAddress()}, accepted: make(chan *Stream), ended: make(chan struct{})}
+	go l.run(ctx, h, stream)
+	return l, nil
+}
+
+type listener struct {
+	cancel   context.CancelFunc
+	addr     addr
+	accepted chan *Stream
+	once     sync.Once
+	ended    chan struct{} // closed when run has ended
+	err      error         // why; read after ended
+}
+
+// run redeems tickets until the forward ends: a ticket doesn't last until somebody calls Accept.
+func (l *listener) run(ctx context.Context, h *Host, stream grpc.ServerStreamingClient[pluginpb.ListenResponse]) {
+	defer close(l.ended)
+	defer l.cancel()
+	for {
+		r, err := stream.Recv()
+		if err != nil {
+			l.err = hostError(err)
+			return
+		}
+		c, err := h.redeem(ctx, r.GetAccepted().GetTicket(), nil)
+		if err != nil {
+			continue // this one ticket was of no use; the stream says when all is over
+		}
+		s := &Stream{c, l.addr, addr{l.addr.network, r.GetAccepted().GetOrigin()}}
+		select {
+		case l.accepted <- s:
+		case <-ctx.Done():
+			s.Close()
+		}
+	}
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.accepted:
+		return c, nil
+	case <-l.ended:
+		if errors.Is(l.err, context.Canceled) {
+			return nil, net.ErrClosed
+		}
+		return nil, l.err
+	}
+}
+
+func (l *listener) Close() error {
+	l.once.Do(l.cancel)
+	<-l.ended
+	return nil
+}
+
+func (l *listener) Addr() net.Addr { return l.addr }
+
+// Authorized returns interceptors that turn away calls without the token, of every service.
+func Authorized(token string) []grpc.ServerOption {
+	check := func(ctx context.Context) error {
+		md, _ := metadata.FromIncomingContext(ctx)
+		if got := md.Get(TokenKey); len(got) != 1 || !sameToken(got[0], token) {
+			return status.Error(codes.Unauthenticated, "the call lacks its token")
+		}
+		return nil
+	}
+	return []grpc.ServerOption{
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+			if err := check(ctx); err != nil {
+				return nil, err
+			}
+			return next(ctx, req)
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+			if err := check(ss.Context()); err != nil {
+				return err
+			}
+			return next(srv, ss)
+		}),
+	}
+}

@@ -1,0 +1,311 @@
+// Package plugintest tests plugins: in process through real gRPC, or any executable in any language against all that the
+// master expects.
+//
+// The plain value needs neither: its methods can be called. InProcess adds the wire and a master to talk to. Check, which
+// `muxproxy plugin check` runs, starts an executable as the master does and reports what it does wrong.
+package plugintest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/muxproxy/muxproxy/core/plugin"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+)
+
+// TB is what is needed of testing.TB, so that no program links package testing.
+type TB interface {
+	Helper()
+	Fatalf(format string, args ...any)
+	Errorf(format string, args ...any)
+	Cleanup(func())
+	Context() context.Context
+}
+
+// Session is a plugin that runs in the test's own process.
+type Session struct {
+	Client pluginpb.PluginClient // calls it
+	Master *Master               // what it calls
+}
+
+// InProcess serves p over gRPC until the test ends.
+func InProcess(t TB, p plugin.Plugin) *Session {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "mp") // a test's own directory can be too long for sockets
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	master, err := NewMaster(dir)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.Cleanup(master.Stop)
+	hello := plugin.Hello{Host: "unix:" + filepath.Join(dir, "host"), Stream: master.stream, HostToken: "h", PluginToken: "p"}
+	serve := func(path string, s *grpc.Server) {
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatalf("%v", err)
+		}
+		var serving sync.WaitGroup
+		serving.Go(func() { _ = s.Serve(l) })
+		t.Cleanup(func() {
+			s.Stop()
+			serving.Wait()
+		})
+	}
+	h := grpc.NewServer(plugin.Authorized(hello.HostToken)...)
+	pluginpb.RegisterHostServer(h, master)
+	serve(filepath.Join(dir, "host"), h)
+	host, disconnect, err := plugin.NewHost(hello)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.Cleanup(func() { disconnect() })
+	s := grpc.NewServer()
+	if err := plugin.Register(s, p, host, zerolog.New(io.Discard)); err != nil {
+		t.Fatalf("%v", err)
+	}
+	serve(filepath.Join(dir, "plugin"), s)
+	conn, err := grpc.NewClient("unix:"+filepath.Join(dir, "plugin"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return &Session{pluginpb.NewPluginClient(conn), master}
+}
+
+// Configure brings a configuration: the value of the `plugin` block and those of host blocks, in JSON, which get the ids
+// "0", "1" and so on. It returns the plugin's problems.
+func (s *Session) Configure(t TB, own string, hosts ...string) []*pluginpb.Diagnostic {
+	t.Helper()
+	r := &pluginpb.ConfigureRequest{Blocks: []*pluginpb.Block{{Kind: pluginpb.Block_KIND_PLUGIN, Value: []byte(own)}}}
+	for i, h := range hosts {
+		r.Blocks = append(r.Blocks, &pluginpb.Block{
+			Id: fmt.Sprint(i), Kind: pluginpb.Block_KIND_HOST, Value: []byte(h), Hosts: []string{"*"},
+		})
+	}
+	answer, err := s.Client.Configure(t.Context(), r)
+	if err != nil {
+		t.Fatalf("configure: %v", err)
+	}
+	return answer.GetDiagnostics()
+}
+
+// Authorize asks about a use under a host block, and returns the decision.
+func (s *Session) Authorize(t TB, block string, u *pluginpb.Use) *pluginpb.Decision {
+	t.Helper()
+	stream, err := s.Client.Authorize(t.Context(), &pluginpb.AuthorizeRequest{Id: "q", Block: block, Use: u})
+	for err == nil {
+		var r *pluginpb.AuthorizeResponse
+		if r, err = stream.Recv(); err == nil && r.GetDecision() != nil {
+			return r.GetDecision()
+		}
+	}
+	t.Fatalf("authorize: %v", err)
+	return nil
+}
+
+// Master is one with a single connection, number 1, to u@test.example.com. Streams that are dialled through it echo;
+// listening accepts one stream, which says "hello" and ends.
+type Master struct {
+	pluginpb.UnimplementedHostServer
+	stream   string
+	listener *net.UnixListener
+	running  sync.WaitGroup
+
+	mu      sync.Mutex // guards what follows
+	notices []string
+	kept    []byte
+	tickets map[string]string // to what their stream does: "echo" or "hello"
+	open    map[net.Conn]bool
+	closed  bool
+}
+
+// NewMaster makes a Master with a stream socket in dir. Stop ends it.
+func NewMaster(dir string) (*Master, error) {
+	m := &Master{stream: filepath.Join(dir, "stream"), tickets: map[string]string{}, open: map[net.Conn]bool{}}
+	var err error
+	if m.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: m.stream, Net: "unix"}); err != nil {
+		return nil, err
+	}
+	m.running.Go(func() {
+		for {
+			c, err := m.listener.AcceptUnix()
+			if err != nil {
+				return
+			}
+			m.mu.Lock()
+			closed := m.closed
+			m.open[c] = true
+			m.mu.Unlock()
+			if closed {
+				c.Close()
+				return
+			}
+			m.running.Go(func() { m.serve(c) })
+		}
+	})
+	return m, nil
+}
+
+// Stream is the path of the stream socket.
+func (m *Master) Stream() string { return m.stream }
+
+// Stop ends the stream socket and all streams.
+func (m *Master) Stop() {
+	m.mu.Lock()
+	m.closed = true
+	for c := range m.open {
+		c.Close()
+	}
+	m.mu.Unlock()
+	m.listener.Close()
+	m.running.Wait()
+}
+
+// Notices returns what the plugin has notified.
+func (m *Master) Notices() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.notices)
+}
+
+func (m *Master) serve(c *net.UnixConn) {
+	defer func() {
+		m.mu.Lock()
+		delete(m.open, c)
+		m.mu.Unlock()
+		c.Close()
+	}()
+	var id [16]byte
+	if _, err := io.ReadFull(c, id[:]); err != nil {
+		return
+	}
+	m.mu.Lock()
+	what := m.tickets[string(id[:])]
+	delete(m.tickets, string(id[:]))
+	m.mu.Unlock()
+	switch what {
+	case "echo":
+		_, _ = c.Write([]byte{0})
+		_, _ = io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
+	case "hello":
+		_, _ = c.Write([]byte("\x00hello"))
+	default:
+		_, _ = c.Write([]byte("\x01the ticket is not good"))
+	}
+}
+
+func (m *Master) ticket(what string) *pluginpb.Ticket {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	id := fmt.Sprintf("%016d", len(m.tickets)+1) // 16 bytes; only a test relies on them
+	m.tickets[id] = what
+	return &pluginpb.Ticket{Id: []byte(id)}
+}
+
+var testConnection = &pluginpb.Connection{
+	Id: 1, Target: &pluginpb.Target{User: "u", Host: "test.example.com", Port: 22}, Lane: "interactive", Up: true,
+}
+
+func connection(id uint64) error {
+	if id != testConnection.GetId() {
+		return status.Errorf(codes.NotFound, "there is no connection %d", id)
+	}
+	return nil
+}
+
+// Connections implements pluginpb.HostServer.
+func (m *Master) Connections(context.Context, *pluginpb.ConnectionsRequest) (*pluginpb.ConnectionsResponse, error) {
+	return &pluginpb.ConnectionsResponse{Connections: []*pluginpb.Connection{testConnection}}, nil
+}
+
+// Connect implements pluginpb.HostServer.
+func (m *Master) Connect(context.Context, *pluginpb.ConnectRequest) (*pluginpb.ConnectResponse, error) {
+	return &pluginpb.ConnectResponse{Connection: testConnection}, nil
+}
+
+// Close implements pluginpb.HostServer: the connection stays.
+func (m *Master) Close(_ context.Context, r *pluginpb.CloseRequest) (*pluginpb.CloseResponse, error) {
+	return &pluginpb.CloseResponse{}, connection(r.GetConnection())
+}
+
+// Dial implements pluginpb.HostServer.
+func (m *Master) Dial(_ context.Context, r *pluginpb.DialRequest) (*pluginpb.DialResponse, error) {
+	if err := connection(r.GetConnection()); err != nil {
+		return nil, err
+	}
+	return &pluginpb.DialResponse{Ticket: m.ticket("echo")}, nil
+}
+
+// Listen implements pluginpb.HostServer.
+func (m *Master) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreamingServer[pluginpb.ListenResponse]) error {
+	if err := connection(r.GetConnection()); err != nil {
+		return err
+	}
+	err := out.Send(&pluginpb.ListenResponse{Event: &pluginpb.ListenResponse_Address{Address: r.GetAddress()}})
+	if err == nil {
+		err = out.Send(&pluginpb.ListenResponse{Event: &pluginpb.ListenResponse_Accepted{
+			Accepted: &pluginpb.Accepted{Ticket: m.ticket("hello"), Origin: "192.0.2.1:4444"},
+		}})
+	}
+	if err != nil {
+		return err
+	}
+	<-out.Context().Done()
+	return out.Context().Err()
+}
+
+// Notify implements pluginpb.HostServer.
+func (m *Master) Notify(_ context.Context, r *pluginpb.NotifyRequest) (*pluginpb.NotifyResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.notices = append(m.notices, r.GetMessage())
+	return &pluginpb.NotifyResponse{}, connection(r.GetConnection())
+}
+
+// Keep implements pluginpb.HostServer.
+func (m *Master) Keep(_ context.Context, r *pluginpb.KeepRequest) (*pluginpb.KeepResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.kept = slices.Clone(r.GetData())
+	return &pluginpb.KeepResponse{}, nil
+}
+
+// Kept implements pluginpb.HostServer.
+func (m *Master) Kept(context.Context, *pluginpb.KeptRequest) (*pluginpb.KeptResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return &pluginpb.KeptResponse{Data: m.kept}, nil
+}
+
+// errTime is that something took too long.
+var errTime = errors.New("it takes too long")
+
+func within(ctx context.Context, d time.Duration, done <-chan struct{}) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-done:
+		return nil
+	case <-t.C:
+		return errTime
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,76 @@
+package pluginhost
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// Actor is a plugin that does something: it passes the gate like everybody else.
+type Actor struct {
+	Plugin string
+	Caller use.Caller // its process
+}
+
+// Connection is one upstream.
+type Connection struct {
+	ID      uint64
+	Target  use.Target
+	Lane    string
+	Up      bool
+	Clients int
+	Since   time.Time
+}
+
+// Dial is a stream that a plugin wants from the remote host.
+type Dial struct {
+	Connection uint64
+	Network    string // "tcp" or "unix"
+	Address    string // host:port or a path; escaped by nobody
+	Origin     string // IP:PORT of whose stream it is; "": none
+}
+
+// Stream is one to or from the remote host. Close ends both directions; nothing is lost that was written before
+// CloseWrite.
+type Stream interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
+// Refused is a refusal by the remote server, as an error of Backend.Dial.
+type Refused struct {
+	Reason  uint32 // RFC 4254 section 5.1
+	Message string // unescaped
+}
+
+func (r *Refused) Error() string {
+	return fmt.Sprintf("refused by the server (reason %d): %s", r.Reason, use.Printable(r.Message))
+}
+
+// Listener accepts on the remote host. Accept ends with an error when the connection or the forward does, or after
+// Close.
+type Listener interface {
+	Accept() (s Stream, origin string, err error)
+	Addr() string
+	Close() error
+}
+
+// Backend is the master, as plugins reach it. That the plugin has the capability and that the host has a block of it is
+// checked before. Denials by the gate come as *use.Denied; other errors are a line for a person. All may be called by many
+// goroutines at once.
+type Backend interface {
+	Connections() []Connection
+	// Resolve says what a target (HOST, USER@HOST or USER@HOST:PORT) means, as for ssh.
+	Resolve(ctx context.Context, target string) (use.Target, error)
+	// Connect returns the connection to t, which is made if there is none. Nobody can be asked anything.
+	Connect(ctx context.Context, by Actor, t use.Target) (Connection, error)
+	Close(ctx context.Context, by Actor, connection uint64) error
+	Dial(ctx context.Context, by Actor, d Dial) (Stream, error)
+	// Listen starts a forward; ctx is for that only.
+	Listen(ctx context.Context, by Actor, connection uint64, network, address string) (Listener, error)
+	// Notify shows a line, which is escaped, to the clients of a connection.
+	Notify(ctx context.Context, by Actor, connection uint64, line string) error
+}

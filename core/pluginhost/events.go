@@ -1,0 +1,129 @@
+package pluginhost
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/muxproxy/muxproxy/core/plugin"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// maxEvents is how many wait for a plugin that does not read.
+const maxEvents = 256
+
+// Event is something that plugins with the capability "observe" are told.
+type Event struct {
+	Time time.Time
+	Kind string // "decision" or "end" of a use, "up" or "down" of a connection
+	ID   string // joins the two records of a use
+	// Use is set for the first two kinds, Connection for the others.
+	Use        use.Use
+	Denied     *use.Denied // of a decision; nil: allowed
+	Result     use.Result  // of an end
+	Connection Connection
+}
+
+// target is the host that an event is about.
+func (e Event) target() use.Target {
+	if e.Connection.ID != 0 {
+		return e.Connection.Target
+	}
+	return e.Use.Target
+}
+
+// Observe tells the plugins that may know. It never blocks: what a plugin does not take in time is dropped and counted.
+func (m *Manager) Observe(e Event) {
+	s := m.set()
+	var wire *pluginpb.Event
+	for _, p := range s.plugins {
+		if d := p.description(); d == nil || !d.hook("observe") || !p.has(plugin.CanObserve) ||
+			!s.lookup.Covers(p.spec.Name, e.target()) {
+			continue
+		}
+		if wire == nil {
+			wire = eventToPB(e)
+		}
+		p.events.add(wire)
+	}
+}
+
+// events are what waits for one plugin. An event is shared by plugins, and not changed.
+type events struct {
+	mu    sync.Mutex // guards what follows
+	queue []*pluginpb.Event
+	lost  uint64        // since the last one that went
+	total uint64        // lost ever
+	more  chan struct{} // has one element if the queue may have something
+}
+
+func newEvents() *events { return &events{more: make(chan struct{}, 1)} }
+
+func (q *events) add(e *pluginpb.Event) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.queue) >= maxEvents {
+		q.lost++
+		q.total++
+		return
+	}
+	q.queue = append(q.queue, e)
+	select {
+	case q.more <- struct{}{}:
+	default:
+	}
+}
+
+// take returns the oldest event, and how many were lost before it; nil if there is none.
+func (q *events) take() (*pluginpb.Event, uint64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.queue) == 0 {
+		return nil, 0
+	}
+	e, lost := q.queue[0], q.lost
+	q.queue, q.lost = q.queue[1:], 0
+	return e, lost
+}
+
+func (q *events) dropped() uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.total
+}
+
+// deliver sends events to one process until it ends.
+func (q *events) deliver(ctx context.Context, inst *instance, log zerolog.Logger) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := inst.Client.Observe(ctx)
+	for err == nil {
+		e, lost := q.take()
+		if e == nil {
+			select {
+			case <-q.more:
+				continue
+			case <-inst.Done():
+				return
+			case <-ctx.Done():
+				return
+			case <-stream.Context().Done():
+				err = stream.Context().Err()
+				continue
+			}
+		}
+		if lost > 0 {
+			e = withDropped(e, lost)
+		}
+		err = stream.Send(e)
+	}
+	select {
+	case <-inst.Done():
+	case <-ctx.Done():
+	default:
+		log.Warn().Msg("the plugin observes no more")
+	}
+}

@@ -1,0 +1,344 @@
+package pluginhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/muxproxy/muxproxy/core/plugin"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+)
+
+// The test binary plays the plugins, and a master that gets killed.
+func TestMain(m *testing.M) {
+	if os.Getenv(plugin.CookieKey) != "" {
+		playPlugin(os.Args[1:])
+		os.Exit(0)
+	}
+	if dir := os.Getenv("PLAY_MASTER"); dir != "" {
+		playMaster(dir)
+	}
+	os.Exit(m.Run())
+}
+
+// judge is a plugin that does as its blocks say.
+type judge struct {
+	info plugin.Info
+	cfg  *plugin.Config
+}
+
+type judgeBlock struct {
+	Do string `hcl:"do,optional" default:"allow"`
+}
+
+type judgeOwn struct {
+	Bad     bool           `hcl:"bad,optional"`
+	Timeout time.Duration  `hcl:"timeout,optional" default:"5s"`
+	Limits  map[string]int `hcl:"limits,optional"`
+	Rules   []judgeRule    `hcl:"rule,block"`
+}
+
+type judgeRule struct {
+	Name  string   `hcl:"name,label"`
+	Words []string `hcl:"words,optional"`
+}
+
+func (j *judge) Describe() plugin.Info { return j.info }
+
+func (j *judge) Configure(_ context.Context, c *plugin.Config) plugin.Diagnostics {
+	own := c.Plugin.Value.(*judgeOwn)
+	if own.Bad {
+		return plugin.Diagnostics{
+			c.Plugin.Errorf(plugin.Path{"rule", 1, "words", 0}, "that word is bad\x1b"),
+			c.Plugin.Warnf(plugin.Path{"limits", plugin.Key("a")}, "high"),
+		}
+	}
+	j.cfg = c
+	return nil
+}
+
+func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decision {
+	switch do := r.Block.(*judgeBlock).Do; do {
+	case "allow":
+		return plugin.Allow()
+	case "deny":
+		return plugin.Deny("not "+r.Use.Kind+"\x1b[2J", "ask later")
+	case "pass":
+		return plugin.NoOpinion()
+	case "none":
+		return plugin.Decision{}
+	case "wait": // longer than the deadline for the first answer, until somebody decides
+		r.Waiting("is it you?", true)
+		<-ctx.Done()
+		return plugin.Allow()
+	case "wait-closed":
+		r.Waiting("touch the key", false)
+		<-ctx.Done()
+		return plugin.Deny("late", "")
+	case "decide-own":
+		r.Waiting("own", false)
+		if err := j.cfg.Host.Decide(ctx, r.ID, plugin.Deny("decided by itself", "")); err != nil {
+			return plugin.Deny("host: "+err.Error(), "")
+		}
+		<-ctx.Done()
+		return plugin.Allow()
+	case "silent":
+		<-ctx.Done()
+		return plugin.Allow()
+	case "crash":
+		os.Exit(3)
+	}
+	return plugin.Decision{}
+}
+
+func (j *judge) Retain(ctx context.Context, r *plugin.Idle) time.Time {
+	switch r.Block.(*judgeBlock).Do {
+	case "keep":
+		return time.Unix(2_000_000_000, 0)
+	case "silent":
+		<-ctx.Done()
+	case "crash":
+		os.Exit(3)
+	}
+	return time.Time{}
+}
+
+func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	if len(args) == 0 {
+		fmt.Fprintln(stderr, "what?")
+		return 2
+	}
+	h := j.cfg.Host
+	fail := func(err error) int {
+		fmt.Fprintln(stderr, err)
+		if errors.Is(err, plugin.ErrDenied) {
+			return 1
+		}
+		return 255
+	}
+	switch args[0] {
+	case "echo":
+		fmt.Fprint(stdout, strings.Repeat(args[1], 50000))
+		return 7
+	case "list":
+		cs, err := h.Connections(ctx)
+		if err != nil {
+			return fail(err)
+		}
+		for _, c := range cs {
+			fmt.Fprintln(stdout, c.ID, c.Target)
+		}
+	case "connect":
+		c, err := h.Connect(ctx, args[1])
+		if err != nil {
+			return fail(err)
+		}
+		fmt.Fprintln(stdout, c.ID)
+	case "close", "notify", "dial", "handover", "listen", "ticket":
+		var id uint64
+		fmt.Sscan(args[1], &id)
+		if err := j.stream(ctx, args[0], id, args[2:], stdout); err != nil {
+			return fail(err)
+		}
+	case "keep":
+		if err := h.Keep(ctx, []byte(args[1])); err != nil {
+			return fail(err)
+		}
+	case "keep-much":
+		if err := h.Keep(ctx, make([]byte, maxKept+1)); err != nil {
+			return fail(err)
+		}
+	case "kept":
+		b, err := h.Kept(ctx)
+		if err != nil {
+			return fail(err)
+		}
+		stdout.Write(b)
+	case "crash":
+		os.Exit(3)
+	case "spend": // a ticket, in hexadecimal, at the path
+		return spend(args[1], args[2], stdout)
+	}
+	return 0
+}
+
+func (j *judge) stream(ctx context.Context, what string, id uint64, args []string, stdout io.Writer) error {
+	h := j.cfg.Host
+	switch what {
+	case "close":
+		return h.Close(ctx, id)
+	case "notify":
+		return h.Notify(ctx, id, args[0])
+	case "dial":
+		c, err := h.Dial(ctx, id, "tcp", args[0])
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		fmt.Fprint(c, "ping")
+		c.CloseWrite()
+		_, err = io.Copy(stdout, c)
+		return err
+	case "handover":
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		near, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			return err
+		}
+		defer near.Close()
+		far, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(near, "second")
+		near.(*net.TCPConn).CloseWrite()
+		wait, err := h.HandOver(ctx, plugin.Handover{Connection: id, Network: "tcp", Address: args[0], Data: []byte("first ")},
+			far.(*net.TCPConn))
+		far.Close()
+		if err != nil {
+			return err
+		}
+		if _, err := io.Copy(stdout, near); err != nil {
+			return err
+		}
+		wait()
+	case "listen":
+		l, err := h.Listen(ctx, id, "tcp", args[0])
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		fmt.Fprintln(stdout, l.Addr())
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		fmt.Fprintln(stdout, c.RemoteAddr())
+		_, err = io.Copy(c, c)
+		return err
+	}
+	return nil
+}
+
+func (j *judge) Observe(_ context.Context, e plugin.Event) {
+	if e.Kind == "stall" {
+		select {}
+	}
+	j.cfg.Log.Info().Str("event", e.Kind).Str("host", e.Use.Target.Host).Uint64("dropped", e.Dropped).Msg("observed")
+}
+
+func newJudge(name string) *judge {
+	return &judge{info: plugin.Info{
+		Name: name, Version: "1", AsksPerson: strings.HasPrefix(name, "ask"), Host: judgeBlock{}, Plugin: judgeOwn{},
+		Wants: plugin.Capabilities(), Verbs: []plugin.Verb{{Usage: "echo TEXT", Doc: "say it"}},
+	}}
+}
+
+// onlyConfigure has no hooks.
+type onlyConfigure struct{ configure func() }
+
+func (onlyConfigure) Describe() plugin.Info { return plugin.Info{Name: "bad", Version: "1"} }
+func (p onlyConfigure) Configure(context.Context, *plugin.Config) plugin.Diagnostics {
+	p.configure()
+	return nil
+}
+
+func playPlugin(args []string) {
+	name := args[0]
+	mode := "judge"
+	if len(args) > 1 {
+		mode = args[1]
+	}
+	// stubborn never ends by itself.
+	stubborn := func(p plugin.Plugin) {
+		dieWithMaster()
+		signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+		var hello [4096]byte
+		if _, err := os.Stdin.Read(hello[:]); err != nil {
+			os.Exit(4)
+		}
+		path := filepath.Join(os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), "s")
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			os.Exit(4)
+		}
+		s := grpc.NewServer()
+		if err := plugin.Register(s, p, nil, zerolog.Nop()); err != nil {
+			os.Exit(4)
+		}
+		grpc_health_v1.RegisterHealthServer(s, health.NewServer())
+		fmt.Printf("1|1|unix|%s|grpc\n", path)
+		s.Serve(l)
+	}
+	switch mode {
+	case "judge":
+		plugin.Serve(newJudge(name))
+	case "junk":
+		os.Stderr.WriteString("{\"@message\": 1}\n\x00\xff\x1b[2J\n" + strings.Repeat("x", 200000) + "\n{\"level\":\"panic\",\"message\":\"help\",\"n\":1}\n")
+		plugin.Serve(newJudge(name))
+	case "crash-configure":
+		plugin.Serve(onlyConfigure{func() { os.Exit(3) }})
+	case "hang-configure":
+		plugin.Serve(onlyConfigure{func() { select {} }})
+	case "mute":
+		select {}
+	case "exit":
+		fmt.Fprintln(os.Stderr, "I don't want to")
+		os.Exit(1)
+	case "garbage":
+		fmt.Println("hello\x1b world")
+		select {}
+	case "v0", "v99":
+		fmt.Printf("1|%s|unix|/nowhere|grpc\n", mode[1:])
+		select {}
+	case "elsewhere":
+		fmt.Println("1|1|unix|/tmp/elsewhere|grpc")
+		select {}
+	case "bad-schema":
+		stubborn(brokenSchema{})
+	case "stubborn":
+		stubborn(newJudge(name))
+	case "forks":
+		cmd := exec.Command("sleep", "3600")
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr // they hold the pipes
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+		if err := cmd.Start(); err != nil {
+			os.Exit(4)
+		}
+		plugin.Serve(newJudge(name))
+	}
+}
+
+// brokenSchema has names that nobody can write. It is registered as what a plugin in another language may say.
+type brokenSchema struct{ onlyConfigure }
+
+type brokenBlock struct {
+	A int `hcl:"Not A Name"`
+	B int `hcl:"when,optional"`
+}
+
+func (brokenSchema) Describe() plugin.Info {
+	return plugin.Info{Name: "bad", Version: "1", Host: brokenBlock{}}
+}
+
+var _ pluginpb.PluginServer = pluginpb.UnimplementedPluginServer{}
