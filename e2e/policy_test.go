@@ -340,6 +340,17 @@ func TestReload(t *testing.T) {
 		eventually(t, "a changed file is noticed", func() bool { return !denied() })
 		w.audited("allow control reload")
 
+		// One that is gone may be on its way to be replaced.
+		w.reload(strict)
+		since := time.Now()
+		if err := os.Remove(w.path("config/muxproxy/config.hcl")); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "a removed file is noticed", func() bool { return !denied() })
+		if after := time.Since(since); after < 2*time.Second {
+			t.Errorf("the defaults hold %v after the file has gone", after)
+		}
+
 		// A bad one is reported where it was asked for, all of it, and changes nothing.
 		w.reload(strict)
 		w.policy("mastr {\n}\nhost \"*\" {\n  share = 1\n}\n")

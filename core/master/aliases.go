@@ -52,6 +52,11 @@ func (a *aliases) leads(t use.Target) bool {
 	if strings.HasPrefix(t.Alias, "-") || t.Alias == "" {
 		return false
 	}
+	// As a destination, anything@host and ssh://anything@host lead to host. ssh's %n has neither: it is a caller that wants
+	// to match some block, or get out of one by its "!".
+	if strings.ContainsAny(t.Alias, "@/") {
+		return false
+	}
 	key := use.Target{User: t.User, Port: t.Port, Alias: t.Alias}
 	for {
 		a.mu.Lock()

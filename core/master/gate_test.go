@@ -2,7 +2,10 @@ package master
 
 import (
 	"context"
+	"encoding/json"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -11,7 +14,7 @@ import (
 )
 
 // newGate is the gate as the master makes it.
-func newGate(t testing.TB, text string) (use.Gate, *use.Lock) {
+func newGate(t testing.TB, audit *use.Audit, text string) (use.Gate, *use.Lock) {
 	t.Helper()
 	s, diags := policy.Parse("config.hcl", []byte(text), policy.Options{})
 	if s == nil {
@@ -23,11 +26,17 @@ func newGate(t testing.TB, text string) (use.Gate, *use.Lock) {
 	}
 	p := &policies{}
 	p.now.Store(s)
-	return lock.NewGate(nil, use.ByPolicy(p.lookup)), lock
+	return lock.NewGate(audit, use.ByPolicy(p.lookup)), lock
 }
 
-// Every kind of use meets deny blocks in each place, an error, and the lock.
+// Every kind of use meets deny blocks in each place, an error, and the lock, and each decision is in the audit log.
 func TestGateOfPolicyAndLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	audit, err := use.OpenAudit(use.AuditOptions{Path: path, Report: func(err error) { t.Error(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want, got []string
 	const allow, deny = "", "denied by policy: no; see config.hcl:"
 	for _, c := range []struct {
 		name   string
@@ -85,34 +94,58 @@ host "d*" {
 }`, allow},
 	} {
 		for _, kind := range use.Kinds() {
-			g, lock := newGate(t, strings.ReplaceAll(c.policy, "KIND", string(kind)))
+			g, lock := newGate(t, audit, strings.ReplaceAll(c.policy, "KIND", string(kind)))
 			u := use.Use{Kind: kind, Target: use.Target{User: "me", Host: "db", Port: 22}, Command: "x"}
 			for _, locked := range []bool{false, true} {
-				want := c.denied
+				wanted := c.denied
 				if locked {
 					if err := lock.Lock(nil); err != nil {
 						t.Fatal(err)
 					}
 					if kind != use.CancelForward { // which policy can deny, but not the lock
-						want = "denied by lock: locked by `muxproxy lock`; run `muxproxy unlock`"
+						wanted = "denied by lock: locked by `muxproxy lock`; run `muxproxy unlock`"
 					}
 				}
 				p, denied := g.Decide(t.Context(), u, nil)
 				switch {
-				case denied == nil && want != "":
-					t.Errorf("%s, %s, locked %v: allowed, want %q", c.name, kind, locked, want)
-				case denied != nil && (want == "" || !strings.HasPrefix(denied.Error(), want)):
-					t.Errorf("%s, %s, locked %v: %q, want %q", c.name, kind, locked, denied, want)
+				case denied == nil && wanted != "":
+					t.Errorf("%s, %s, locked %v: allowed, want %q", c.name, kind, locked, wanted)
+				case denied != nil && (wanted == "" || !strings.HasPrefix(denied.Error(), wanted)):
+					t.Errorf("%s, %s, locked %v: %q, want %q", c.name, kind, locked, denied, wanted)
 				}
+				decision := "allow"
+				if wanted != "" {
+					decision = "deny"
+				}
+				want = append(want, decision+" "+string(kind))
 				p.End(use.Result{})
 			}
 		}
+	}
+	if err := audit.Close(); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		var r struct{ Record, Decision, Kind string }
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatal(err)
+		}
+		if r.Record == "decision" {
+			got = append(got, r.Decision+" "+r.Kind)
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("the audit log has %d decisions, want %d: %q", len(got), len(want), got)
 	}
 }
 
 // What is appended to a command does not pass for the command.
 func TestGateKnowsAProgramFromItsLikes(t *testing.T) {
-	g, _ := newGate(t, `host "*" {
+	g, _ := newGate(t, nil, `host "*" {
   deny {
     when = use.kind == "exec" && use.program != "git-upload-pack"
   }

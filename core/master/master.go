@@ -169,7 +169,7 @@ func (m *Master) run(ctx context.Context) error {
 	}
 	m.lock.OnChange(func() { poke(m.policy.opened) })
 	m.apply()
-	m.gate = m.lock.NewGate(m.audit, use.ByPolicy(m.policy.lookup))
+	m.gate = m.lock.NewGate(m.audit, use.ByPolicy(m.policy.lookup), m.policy.withoutPlugins)
 	m.authority, err = local.NewAuthority(m.knownHosts.add)
 	if err != nil {
 		return fmt.Errorf("the local host keys: %w", err)

@@ -22,6 +22,9 @@ import (
 const (
 	// settleTime is how long the policy file has to be left alone before it is read: an editor writes it in several steps.
 	settleTime = 100 * time.Millisecond
+	// goneTime is how long it has to be missing until the defaults hold, which allow all: whatever replaces files in more
+	// than one step takes them away first.
+	goneTime = 2 * time.Second
 	// idleLook bounds the time between two looks whether the master is idle.
 	idleLook = 10 * time.Second
 )
@@ -156,7 +159,8 @@ func (m *Master) watchPolicy(ctx context.Context) {
 		m.log.Warn().Err(err).Msg("changes of the policy file are not noticed; use `muxproxy master reload`")
 	}
 	var settle <-chan time.Time
-	pending := false // a reload that the lock has stopped
+	var gone time.Time // since when the file is missing; zero: it is there, or has never been
+	pending := false   // a reload that the lock has stopped
 	reload := func(why string) {
 		permit, err := m.permit(ctx, use.Self(), "reload", "", use.Target{})
 		if err != nil {
@@ -193,8 +197,17 @@ func (m *Master) watchPolicy(ctx context.Context) {
 			if err := w.follow(); err != nil { // a directory may have come, or been replaced
 				m.log.Warn().Err(err).Msg("changes of the policy file are not noticed; use `muxproxy master reload`")
 			}
-			switch now := stampOf(m.policy.path); {
+			now := stampOf(m.policy.path)
+			switch {
+			case now != (stamp{}) || now == *m.policy.seen.Load():
+				gone = time.Time{}
+			case gone.IsZero():
+				gone = time.Now()
+			}
+			switch {
 			case now == *m.policy.seen.Load():
+			case !gone.IsZero() && time.Since(gone) < goneTime:
+				settle = time.After(settleTime)
 			case time.Since(now.mtime).Abs() < settleTime: // half of a policy may be a lax one
 				settle = time.After(settleTime)
 			default:

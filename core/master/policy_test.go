@@ -60,7 +60,8 @@ func TestAliasesAreAskedOnce(t *testing.T) {
 	if leads("db", "other.example.com") || runs() != 1 {
 		t.Errorf("%d runs of ssh -G", runs())
 	}
-	for _, alias := range []string{"", "-oProxyCommand=x"} {
+	// All but the first two lead there as far as ssh is concerned, and begin as their caller likes.
+	for _, alias := range []string{"", "-oProxyCommand=x", "lab-x@db", "lab@x@db", "ssh://db", "ssh://lab-x@db:22/"} {
 		if leads(alias, "db.example.com") {
 			t.Errorf("%q counts", alias)
 		}

@@ -17,7 +17,7 @@ import (
 var toASCII = idna.New(idna.MapForLookup(), idna.Transitional(false), idna.StrictDomainName(false), idna.BidiRule())
 
 // canonicalName brings two spellings of one name together: lower case, no trailing dot, IDNA as ASCII, addresses as
-// netip prints them, those of IPv4 in IPv6 as IPv4. A name that IDNA does not allow stays in lower case.
+// netip prints them, those of IPv4 in IPv6 as IPv4 and zones only where there are any (RFC 4007 section 6). A name that IDNA does not allow stays in lower case.
 func canonicalName(name string) string {
 	if bare, ok := strings.CutPrefix(name, "["); ok {
 		if bare, ok = strings.CutSuffix(bare, "]"); ok {
@@ -25,7 +25,7 @@ func canonicalName(name string) string {
 		}
 	}
 	if ip, err := netip.ParseAddr(name); err == nil {
-		return ip.Unmap().String()
+		return canonicalIP(ip)
 	}
 	if !isASCII(name) && utf8.ValidString(name) { // package idna would make U+FFFD of other bytes
 		if ascii, err := toASCII.ToASCII(name); err == nil {
@@ -36,10 +36,17 @@ func canonicalName(name string) string {
 	if trimmed := strings.TrimRight(name, "."); trimmed != name && trimmed != "" {
 		name = trimmed
 		if ip, err := netip.ParseAddr(name); err == nil { // IDNA makes digits of full-width ones, too
-			return ip.Unmap().String()
+			return canonicalIP(ip)
 		}
 	}
 	return name
+}
+
+func canonicalIP(ip netip.Addr) string {
+	if !ip.IsLinkLocalUnicast() && !ip.IsLinkLocalMulticast() && !ip.IsInterfaceLocalMulticast() {
+		ip = ip.WithZone("") // ::1%1 is ::1 to the kernel
+	}
+	return ip.Unmap().String()
 }
 
 // canonicalHost is canonicalName for what will be connected to: getaddrinfo(3) also takes the numbers of inet_aton(3),

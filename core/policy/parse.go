@@ -315,9 +315,10 @@ func (p *parser) parseHost(block *hclsyntax.Block) {
 	for _, name := range names {
 		body.Blocks = append(body.Blocks, Nested{Type: name})
 	}
-	if p.s.opts.Schemas == nil { // any other name may be a plugin's
+	if p.s.opts.Schemas == nil { // any other name may be a plugin's, but not one that denies nothing for a slip of the pen
 		for _, b := range block.Body.Blocks {
-			if namePattern.MatchString(b.Type) && !reserved(b.Type) && !slices.Contains(names, b.Type) {
+			slip := near(b.Type, []string{"deny", "lane"}) != ""
+			if namePattern.MatchString(b.Type) && !reserved(b.Type) && !slices.Contains(names, b.Type) && !slip {
 				body.Blocks = append(body.Blocks, Nested{Type: b.Type})
 			}
 		}

@@ -386,6 +386,14 @@ host "*" {
 			t.Errorf("%s: loaded", bad)
 		}
 	}
+	// A deny that is misspelt must not become a block that nobody looks at, unless there is a plugin of that name.
+	for _, name := range []string{"dney", "denny", "Deny", "lan"} {
+		s, d := Parse("config.hcl", []byte("host \"*\" {\n"+name+" {}\n}"), Options{})
+		if s != nil || !strings.Contains(d.Errors().Error(), "did you mean") {
+			t.Errorf("%s: %v", name, d)
+		}
+	}
+	loadWith(t, "plugin \"dns\" {}\nhost \"*\" {\ndns {}\n}", Options{})
 	if s, d := Parse("config.hcl", []byte("host \"*\" {\nown {}\n}"), Options{Schemas: schemas()}); s != nil {
 		t.Error(d)
 	}

@@ -286,7 +286,9 @@ func (w *watch) sessionBus(ctx context.Context) error {
 
 // connect speaks with a bus; the caller closes the connection.
 func connect(ctx context.Context, address string) (*dbus.Conn, error) {
-	c, err := dbus.Connect(address, dbus.WithContext(ctx))
+	// Lock and unlock have to come in their order: the default handler loses it when its channel is full, and any program may
+	// send signals that fill it.
+	c, err := dbus.Connect(address, dbus.WithContext(ctx), dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", address, err)
 	}

@@ -335,6 +335,62 @@ func TestAForgedSignalOpensNothing(t *testing.T) {
 	w.by("screen", "sleep")
 }
 
+// told is a Locker that only keeps what it is told: true is a lock.
+type told chan bool
+
+func (c told) LockSession(string) error      { c <- true; return nil }
+func (c told) UnlockSession(...string) error { c <- false; return nil }
+
+// However many signals wait to be looked at, they are in their order.
+func TestSignalsKeepTheirOrder(t *testing.T) {
+	session, _ := bus(t)
+	saver := peer(t, session)
+	const name, many = "org.gnome.ScreenSaver", 300
+	if _, err := saver.RequestName(name, 0); err != nil {
+		t.Fatal(err)
+	}
+	active := func(on bool) {
+		t.Helper()
+		if err := saver.Emit("/org/gnome/ScreenSaver", name+".ActiveChanged", on); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	calls := make(told, 8*many)
+	w := &watch{lock: calls, Options: Options{Screen: true, Log: zerolog.Nop(), Getenv: func(string) string { return session }}}
+	done := make(chan error)
+	go func() { done <- w.sessionBus(ctx) }()
+	defer func() {
+		cancel()
+		<-done
+	}()
+	eventually(t, "the watch listens", func() bool {
+		active(false)
+		return len(calls) > 0
+	})
+	for i := range 2 * many {
+		active(i < many)
+	}
+	for !next(t, calls) { // what it took to begin with
+	}
+	for i := 1; i < 2*many; i++ {
+		if on := next(t, calls); on != (i < many) {
+			t.Fatalf("signal %d of %d has overtaken others", i, 2*many)
+		}
+	}
+}
+
+func next(t *testing.T, calls told) bool {
+	t.Helper()
+	select {
+	case on := <-calls:
+		return on
+	case <-time.After(patience):
+		t.Fatal("a signal was lost")
+		return false
+	}
+}
+
 // A screen saver opens what it has locked, and nothing of logind's.
 func TestScreenSavers(t *testing.T) {
 	system, _ := bus(t)

@@ -134,7 +134,7 @@ func readLock(path string) (*lockData, error) {
 func (l *Lock) OnChange(f func()) { l.changed = f }
 
 // Share leaves the file to another master: this one drains, and people lock that one. From now on what the file says
-// locks, besides what LockSession does, which is not written any more.
+// locks, besides what LockSession does, which is not written any more; Lock and Unlock are errors.
 func (l *Lock) Share() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -186,7 +186,10 @@ func (l *Lock) Lock(passphrase []byte) error {
 	if len(passphrase) > maxPassphrase {
 		return fmt.Errorf("the passphrase has %d bytes, at most %d are looked at", len(passphrase), maxPassphrase)
 	}
-	if l.now.Load().Person != nil { // before the time that a hash takes
+	switch { // before the time that a hash takes
+	case l.shared.Load():
+		return errShared
+	case l.now.Load().Person != nil:
 		return errLocked
 	}
 	hash := ""
@@ -198,13 +201,19 @@ func (l *Lock) Lock(passphrase []byte) error {
 		hash = string(b)
 	}
 	return l.change(true, func(s *lockData) error {
-		if s.Person != nil {
+		switch {
+		case l.shared.Load(): // meanwhile
+			return errShared
+		case s.Person != nil:
 			return errLocked
 		}
 		s.Person = &personLock{Since: time.Now().Round(0), Hash: hash}
 		return nil
 	})
 }
+
+// errShared is for people who have reached a master that is about to end: what they say here would count for nobody else.
+var errShared = errors.New("this master takes no more clients; try again, with the one that the next ssh starts")
 
 var errLocked = errors.New("it is locked already; see `muxproxy status`")
 
@@ -232,7 +241,10 @@ func (l *Lock) Unlock(ctx context.Context, passphrase []byte) error {
 	}
 	l.wrong = 0
 	return l.change(false, func(s *lockData) error {
-		if s.Person != person {
+		switch {
+		case l.shared.Load():
+			return errShared
+		case s.Person != person:
 			return errors.New("it was locked again meanwhile; try again")
 		}
 		s.Person = nil

@@ -315,6 +315,13 @@ func TestLockOfADrainingMaster(t *testing.T) {
 	locked(false)
 	must(t, living.Lock([]byte("x")))
 	locked(true)
+	for name, err := range map[string]error{
+		"lock": old.Lock(nil), "lock with a passphrase": old.Lock([]byte("y")), "unlock": old.Unlock(t.Context(), []byte("x")),
+	} { // a person who is told so tries again, and reaches the one that lives
+		if err == nil || !strings.Contains(err.Error(), "try again") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 	must(t, old.LockSession(use.LockedByScreen)) // both see it; only one writes
 	if by := again(t, path).State().By; !slices.Equal(by, []string{"person"}) {
 		t.Errorf("it wrote %q", by)

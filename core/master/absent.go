@@ -1,0 +1,42 @@
+package master
+
+import (
+	"context"
+	"slices"
+
+	"github.com/muxproxy/muxproxy/core/use"
+)
+
+// harmless are plugins that decide about no use: without them connections end sooner, and standing forwards are missing.
+var harmless = []string{"persist", "forward"}
+
+// withoutPlugins judges what a plugin should: this version starts none. A block that asks for a plugin's consent is not
+// passed over in silence; what it covers is denied, unless its plugin block has on_failure = "allow". What only takes
+// away, and commands, which could not even mend the policy, are never denied here.
+func (p *policies) withoutPlugins(_ context.Context, u use.Use, _ func(string)) *use.Denied {
+	if slices.Contains([]use.Kind{use.Attach, use.CancelForward, use.Control}, u.Kind) {
+		return nil
+	}
+	s := p.now.Load()
+	plugins := s.Plugins()
+	if len(plugins) == 0 {
+		return nil
+	}
+	effective := s.For(u.Target, u.Caller)
+	for _, plugin := range plugins {
+		if plugin.AllowOnFailure || slices.Contains(harmless, plugin.Name) {
+			continue
+		}
+		id, denied := effective.Block(plugin.Name, u)
+		if denied != nil {
+			return denied
+		}
+		if id >= 0 {
+			return &use.Denied{
+				By: plugin.Name, Reason: "this version starts no plugins",
+				Hint: "take its blocks out of the policy (" + plugin.Pos + `), or give it a plugin block with on_failure = "allow"`,
+			}
+		}
+	}
+	return nil
+}
