@@ -1004,3 +1004,42 @@ type ignoring struct{ f *farm }
 func (d ignoring) Dial(ctx context.Context, s Spec, a Asker) (Conn, error) {
 	return d.f.Dial(context.WithoutCancel(ctx), s, a)
 }
+
+// stuckLog is a log that takes nothing until it is let go, as the stopped terminal of a master in the foreground.
+type stuckLog struct{ stuck, goOn chan struct{} }
+
+func (l stuckLog) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("no sign of life")) {
+		close(l.stuck)
+		<-l.goOn
+	}
+	return len(p), nil
+}
+
+// A log that nobody reads stops neither the pool nor those who wait for the probe.
+func TestAStuckLogDoesNotStopThePool(t *testing.T) {
+	f := &farm{}
+	log := stuckLog{make(chan struct{}), make(chan struct{})}
+	p := New(f, CloseAtOnce{}, gate, zerolog.New(log))
+	t.Cleanup(p.Close)
+	var once sync.Once
+	goOn := func() { once.Do(func() { close(log.goOn) }) }
+	t.Cleanup(goOn) // before Close, which waits for it
+	l := acquire(t, p, spec("alice"))
+	f.conn(0).last.Store(time.Now().Add(-2 * trustTime).UnixNano())
+	rode := make(chan *Lease, 1)
+	go func() { rode <- acquire(t, p, spec("alice")) }()
+	select {
+	case <-log.stuck:
+	case <-time.After(patience):
+		t.Fatal("no probe failed")
+	}
+	select {
+	case late := <-rode:
+		late.Release()
+	case <-time.After(patience):
+		t.Fatal("who waits for the probe waits for the log")
+	}
+	goOn()
+	l.Release()
+}

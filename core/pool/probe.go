@@ -63,15 +63,18 @@ func (u *upstream) probe() *probe {
 		defer cancel()
 		began := time.Now()
 		q.err = u.conn.Probe(ctx, ask)
+		silent := q.err != nil && p.ctx.Err() == nil
 		p.mu.Lock()
 		u.probing = nil
-		if q.err != nil && p.ctx.Err() == nil {
+		if silent {
 			u.suspect = heard
-			p.log.Warn().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Err(q.err).Dur("after", time.Since(began)).
-				Msg("no sign of life; no new clients until there is one")
 		}
 		close(q.done)
 		p.mu.Unlock()
+		if silent { // a log that takes nothing must not stop the pool
+			p.log.Warn().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Err(q.err).Dur("after", time.Since(began)).
+				Msg("no sign of life; no new clients until there is one")
+		}
 	})
 	return q
 }

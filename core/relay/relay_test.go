@@ -13,6 +13,8 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/sshconfig"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -119,6 +121,79 @@ func TestDataStderrAndHalfClose(t *testing.T) {
 	}
 	if got := take(t, "stderr", stderr); got != "e"+big {
 		t.Errorf("stderr: %d bytes", len(got))
+	}
+}
+
+// What a command without a terminal moves, either way, says where its likes go from then on: while it runs, and at its end.
+func TestAProgramThatMovesMuchIsBulk(t *testing.T) {
+	for name, c := range map[string]struct {
+		terminal, up bool
+		bytes        int64
+		want         pool.Class
+	}{
+		"much, down":                   {bytes: pool.BulkBytes, want: pool.Bulk},
+		"much, up":                     {up: true, bytes: pool.BulkBytes, want: pool.Bulk},
+		"less":                         {bytes: pool.BulkBytes - 1, want: pool.Interactive},
+		"much, in front of a terminal": {terminal: true, bytes: pool.BulkBytes, want: pool.Interactive},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			c1 := w.connect(true)
+			permit, denied := w.gate.Decide(t.Context(), use.Use{Kind: use.Attach, Target: target}, nil)
+			if denied != nil {
+				t.Fatal(denied)
+			}
+			next, err := w.pool.Acquire(t.Context(), permit,
+				pool.Spec{Target: target, Config: &sshconfig.Resolved{Options: map[string][]string{}}}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer next.Release()
+			near := take(t, "session", c1.open("session", nil))
+			go ssh.DiscardRequests(near.reqs)
+			if c.terminal {
+				if _, err := near.ch.SendRequest("pty-req", false, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			started := request(near.ch, "exec", execMsg{"pg_dump x"})
+			far := w.accept("session")
+			for q := range far.reqs {
+				q.Reply(true, nil)
+				if q.Type == "exec" {
+					break
+				}
+			}
+			go ssh.DiscardRequests(far.reqs)
+			if a := take(t, "reply to exec", started); !a.ok {
+				t.Fatal(a.err)
+			}
+			from, to := far.ch, near.ch
+			if c.up {
+				from, to = to, from
+			}
+			got := async(func() int64 { n, _ := io.CopyN(io.Discard, to, c.bytes); return n })
+			if _, err := from.Write(make([]byte, c.bytes)); err != nil {
+				t.Fatal(err)
+			}
+			if n := take(t, "all of it", got); n != c.bytes {
+				t.Fatalf("%d bytes", n)
+			}
+			u := use.Use{Kind: use.Exec, Target: target, Command: "/usr/bin/pg_dump y"}
+			is := func() pool.Class { return next.Classify(u, false) }
+			for late := time.Now().Add(patience); c.want == pool.Bulk && is() != pool.Bulk; { // it is noted right after the last write
+				if time.Now().After(late) {
+					t.Fatal("the next is not bulk while the first still runs")
+				}
+			}
+			far.ch.Close()
+			near.ch.Close()
+			c1.Conn.Close()
+			within(t, "the relay ends with its client", c1.ran)
+			if is() != c.want {
+				t.Errorf("the next is of class %d, want %d", is(), c.want)
+			}
+		})
 	}
 }
 
