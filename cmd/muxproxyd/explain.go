@@ -53,7 +53,8 @@ Quote a COMMAND of several words. Ends with 1 if it would be denied.`,
 // explained is what `explain --json` prints.
 type explained struct {
 	*policy.Explanation
-	Lock *use.LockState `json:"lock,omitempty"` // it would stop the use
+	Plugin string         `json:"plugin,omitempty"` // why no plugin could allow it
+	Lock   *use.LockState `json:"lock,omitempty"`   // it would stop the use
 }
 
 func runExplain(ctx context.Context, a *app, host string, kind use.Kind, what string, asJSON bool) error {
@@ -86,6 +87,9 @@ func runExplain(ctx context.Context, a *app, host string, kind use.Kind, what st
 		u.Addr = what
 	}
 	x := explained{Explanation: s.Explain(u)}
+	if d := s.WithoutPlugins(u); d != nil {
+		x.Plugin = d.Error()
+	}
 	switch m, err := a.connect(ctx); {
 	case errors.Is(err, bridge.ErrNoMaster): // what it has locked counts when there is one
 	case err != nil:
@@ -104,11 +108,14 @@ func runExplain(ctx context.Context, a *app, host string, kind use.Kind, what st
 		err = a.printJSON(x)
 	} else {
 		err = x.Write(a.stdout)
+		if err == nil && x.Plugin != "" {
+			_, err = fmt.Fprintln(a.stdout, "plugins: "+x.Plugin)
+		}
 		if err == nil && x.Lock != nil {
 			_, err = fmt.Fprintf(a.stdout, "lock: stops it now (%s)\n", strings.Join(x.Lock.By, ", "))
 		}
 	}
-	if err == nil && (!x.Allowed || x.Lock != nil) {
+	if err == nil && (!x.Allowed || x.Plugin != "" || x.Lock != nil) {
 		err = &statusError{status: exitNo}
 	}
 	return err

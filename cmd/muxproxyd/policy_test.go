@@ -119,6 +119,11 @@ func TestConfigCommands(t *testing.T) {
 	if status, stdout, stderr := w.run("explain", "localhost"); status != exitNo || stdout != "" || !strings.Contains(stderr, "config.hcl:2:8") {
 		t.Errorf("explain with a bad file: status %d, %q, %q", status, stdout, stderr)
 	}
+	write("host \"*\" {\n  confirm {}\n}\n")
+	if status, stdout, stderr := w.run("explain", "localhost", "id"); status != exitNo || stderr != "" ||
+		!strings.Contains(stdout, "plugins: denied by confirm: ") {
+		t.Errorf("explain with a plugin that is not there: status %d, %q, %q", status, stdout, stderr)
+	}
 	w.env["MUXPROXY_CONFIG"] = filepath.Join(w.dirs.Config, "other.hcl")
 	if status, stdout, _ := w.run("config", "check"); status != exitNo || !strings.Contains(stdout, "other.hcl: no such file") {
 		t.Errorf("a named file that is not there: status %d, %q", status, stdout)

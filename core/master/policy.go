@@ -60,6 +60,11 @@ func poke(c chan struct{}) {
 // lookup is the policy in force, for the gate.
 func (p *policies) lookup() use.Lookup { return p.now.Load() }
 
+// withoutPlugins is a use.Check.
+func (p *policies) withoutPlugins(_ context.Context, u use.Use, _ func(string)) *use.Denied {
+	return p.now.Load().WithoutPlugins(u)
+}
+
 // read reads the file. The snapshot is nil if there are errors.
 func (p *policies) read(say func(error)) (*policy.Snapshot, policy.Diagnostics) {
 	now := stampOf(p.path) // before it is read: a later change is another one

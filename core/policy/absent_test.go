@@ -1,17 +1,15 @@
-package master
+package policy
 
 import (
-	"context"
 	"strings"
 	"testing"
 
-	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
 // A block that asks for a plugin's consent denies as long as there is no plugin to give it.
 func TestWithoutPlugins(t *testing.T) {
-	s, diags := policy.Parse("config.hcl", []byte(`
+	s, diags := Parse("config.hcl", []byte(`
 plugin "lenient" { on_failure = "allow" }
 host "guarded" {
   confirm { when = use.kind == "exec" }
@@ -22,12 +20,10 @@ host "kept" {
   forward {}
   lenient {}
 }
-`), policy.Options{})
+`), Options{})
 	if s == nil {
 		t.Fatal(diags)
 	}
-	p := &policies{}
-	p.now.Store(s)
 	for _, c := range []struct {
 		host   string
 		kind   use.Kind
@@ -40,7 +36,7 @@ host "kept" {
 		{"kept", use.Exec, false},
 		{"other", use.Exec, false},
 	} {
-		d := p.withoutPlugins(context.Background(), use.Use{Kind: c.kind, Command: "x", Target: use.Target{User: "me", Host: c.host, Port: 22}}, nil)
+		d := s.WithoutPlugins(use.Use{Kind: c.kind, Command: "x", Target: use.Target{User: "me", Host: c.host, Port: 22}})
 		if (d != nil) != c.denied {
 			t.Errorf("%s at %s: %v", c.kind, c.host, d)
 		}

@@ -1,7 +1,6 @@
-package master
+package policy
 
 import (
-	"context"
 	"slices"
 
 	"github.com/muxproxy/muxproxy/core/use"
@@ -10,20 +9,15 @@ import (
 // harmless are plugins that decide about no use: without them connections end sooner, and standing forwards are missing.
 var harmless = []string{"persist", "forward"}
 
-// withoutPlugins judges what a plugin should: this version starts none. A block that asks for a plugin's consent is not
-// passed over in silence; what it covers is denied, unless its plugin block has on_failure = "allow". What only takes
+// WithoutPlugins judges what plugins should, in a master that starts none. A block that asks for a plugin's consent is
+// not passed over in silence; what it covers is denied, unless its plugin block has on_failure = "allow". What only takes
 // away, and commands, which could not even mend the policy, are never denied here.
-func (p *policies) withoutPlugins(_ context.Context, u use.Use, _ func(string)) *use.Denied {
-	if slices.Contains([]use.Kind{use.Attach, use.CancelForward, use.Control}, u.Kind) {
-		return nil
-	}
-	s := p.now.Load()
-	plugins := s.Plugins()
-	if len(plugins) == 0 {
+func (s *Snapshot) WithoutPlugins(u use.Use) *use.Denied {
+	if len(s.Plugins()) == 0 || slices.Contains([]use.Kind{use.Attach, use.CancelForward, use.Control}, u.Kind) {
 		return nil
 	}
 	effective := s.For(u.Target, u.Caller)
-	for _, plugin := range plugins {
+	for _, plugin := range s.Plugins() {
 		if plugin.AllowOnFailure || slices.Contains(harmless, plugin.Name) {
 			continue
 		}
