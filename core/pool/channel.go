@@ -42,7 +42,9 @@ func (u *upstream) newChannel(l *Lease, kind string, ch ssh.Channel, in <-chan *
 			l.Overflow()
 		}
 	}
-	u.pool.wg.Go(func() { queue(in, out, mine, c.ended, overflow) })
+	u.pool.mu.Lock()
+	u.pool.goLocked(func() { queue(in, out, mine, c.ended, overflow) })
+	u.pool.mu.Unlock()
 	return c, out
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/muxproxy/muxproxy/core/use"
@@ -68,20 +69,12 @@ const maxLearned = 256
 func programOf(u use.Use) string {
 	switch u.Kind {
 	case use.Exec:
-		return base(use.Program(u.Command))
+		program := use.Program(u.Command)
+		return program[strings.LastIndexByte(program, '/')+1:]
 	case use.Subsystem:
 		return "subsystem " + u.Subsystem
 	}
 	return ""
-}
-
-func base(path string) string {
-	for i := len(path) - 1; i >= 0; i-- {
-		if path[i] == '/' {
-			return path[i+1:]
-		}
-	}
-	return path
 }
 
 // KnownBulk tells whether a session that runs this is bulk from the start.
@@ -158,7 +151,7 @@ type growth struct {
 // errNoSlot says that the server allows no more sessions at a time, and no other connection could be had.
 var errNoSlot = errors.New("no free session")
 
-// place reserves room for a session: an upstream on which it may open one, with the spare that it takes over, if there
+// placeLocked reserves room for a session: an upstream on which it may open one, with the spare that it takes over, if there
 // is one. Without an upstream, wait is closed when there may be one. Pool.mu is held.
 func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *opening, wait <-chan struct{}, err error) {
 	p := l.pool

@@ -69,7 +69,7 @@ func (l *Lease) Watch(lost func(Loss)) {
 	defer l.pool.mu.Unlock()
 	l.lost = lost
 	for _, loss := range l.losses {
-		l.pool.wg.Go(func() { lost(loss) })
+		l.pool.goLocked(func() { lost(loss) })
 	}
 	l.losses = nil
 }
@@ -90,7 +90,7 @@ func (l *Lease) lostLocked(u *upstream) {
 		l.losses = append(l.losses, loss)
 	default:
 		lost := l.lost
-		l.pool.wg.Go(func() { lost(loss) })
+		l.pool.goLocked(func() { lost(loss) })
 	}
 }
 
@@ -122,7 +122,7 @@ func (l *Lease) unholdSoonLocked(u *upstream) {
 		l.unholdLocked(u)
 		return
 	}
-	l.pool.wg.Go(func() {
+	l.pool.goLocked(func() {
 		t := time.NewTimer(2 * overGrace)
 		defer t.Stop()
 		select {

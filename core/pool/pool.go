@@ -69,6 +69,16 @@ func (p *Pool) Close() {
 	p.wg.Wait()
 }
 
+// goLocked runs f in a goroutine that Close waits for. After Close has begun nothing may be added to what it waits for: then
+// f ends by itself, with its connection. Pool.mu is held.
+func (p *Pool) goLocked(f func()) {
+	if p.closed {
+		go f()
+		return
+	}
+	p.wg.Go(f)
+}
+
 var errClosed = errors.New("the master is stopping")
 
 // flightKey names what one dial serves: the sharing key, the agent that may log in, and the agent that is forwarded.

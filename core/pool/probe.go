@@ -58,7 +58,7 @@ func (u *upstream) probe() *probe {
 		ask = func() { go func() { _, _ = o.ch.SendRequest("keepalive@openssh.com", true, nil) }() }
 	}
 	heard := u.conn.LastHeard()
-	p.wg.Go(func() {
+	p.goLocked(func() {
 		ctx, cancel := context.WithTimeout(p.ctx, probeTime)
 		defer cancel()
 		began := time.Now()

@@ -168,7 +168,9 @@ func (u *upstream) openSessionLocked(spare bool) *opening {
 			s.open++
 			s.refused = 0
 			s.most = max(s.most, s.open)
-			s.limit = max(s.limit, min(s.limit, 1)*s.most) // replies are told out of order
+			if s.limit > 0 { // replies are told out of order
+				s.limit = max(s.limit, s.most)
+			}
 			return
 		}
 		s.count--
@@ -242,7 +244,7 @@ func (u *upstream) sessionEndedLocked(c *Channel) {
 		s.spare = nil
 		s.noSpare = true // the server closes sessions that do nothing
 		reqs := o.reqs
-		u.pool.wg.Go(func() { discard(reqs) })
+		u.pool.goLocked(func() { discard(reqs) })
 	} else if s.limit > 0 {
 		u.keepSpareLocked()
 	}
