@@ -551,10 +551,10 @@ func TestAnIdleMasterEnds(t *testing.T) {
 		return
 	}
 	forPipes(t, func(t *testing.T, w *world) {
-		w.policy("master {\n  exit_when_idle = \"200ms\"\n}\n")
+		w.policy("master {\n  exit_when_idle = \"2s\"\n}\n")
 		p := w.hold()
 		pid := w.mustStatus().PID
-		time.Sleep(400 * time.Millisecond) // not idle: longer than it would take
+		time.Sleep(3 * time.Second) // not idle: longer than it would take
 		p.echo("still here")
 		p.release()
 		eventually(t, "the master has ended", func() bool { return gone(pid) })
