@@ -935,6 +935,81 @@ func TestDrainAndCloseOfSeveral(t *testing.T) {
 	}
 }
 
+// A login on the way for sessions that wait is listed like another, and ends like one: what is closed does not come up, what
+// is drained takes the sessions that wait for it, and no newcomers.
+func TestALoginForSessionsThatWaitIsListed(t *testing.T) {
+	all := func(ConnInfo) bool { return true }
+	why := errors.New("closed by hand")
+	for name, c := range map[string]struct {
+		stop func(*Pool) int
+		cut  bool
+	}{
+		"drain": {func(p *Pool) int { return p.Drain(all) }, false},
+		"close": {func(p *Pool) int { return p.CloseMatching(all, why) }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &farm{openSSH: true, max: 1, hold: make(chan struct{})}
+				p := newPool(t, f, CloseAtOnce{})
+				l := acquire(t, p, spec("alice"))
+				l.Watch(func(Loss) {})
+				open(t, l, Lane{})
+				ctx, cut := context.WithCancel(t.Context())
+				type result struct {
+					ch  *Channel
+					err error
+				}
+				waits := make(chan result, 1)
+				go func() {
+					ch, reqs, err := l.Session(ctx, permit(t, use.Exec), Lane{}, nil)
+					if err == nil {
+						l.Discard(reqs)
+					}
+					waits <- result{ch, err}
+				}()
+				time.Sleep(refusedPause)
+				synctest.Wait()
+				list := p.List()
+				if len(list) != 2 || list[1].State != Dialling || list[1].Clients != 1 || list[1].Lane != "interactive" {
+					t.Fatalf("listed: %+v", list)
+				}
+				if n := c.stop(p); n != 2 {
+					t.Errorf("%d matched", n)
+				}
+				synctest.Wait()
+				if c.cut {
+					if list := p.List(); len(list) != 0 {
+						t.Errorf("left: %+v", list)
+					}
+					time.Sleep(laneTime / 2) // nothing is dialled for a client that has lost its connection
+					cut()
+					if got := <-waits; !errors.Is(got.err, context.Canceled) || f.dials() != 2 {
+						t.Errorf("the session: %v, after %d dials", got.err, f.dials())
+					}
+					l.Release()
+					return
+				}
+				close(f.hold)
+				got := <-waits
+				if got.err != nil || got.ch.Upstream() != list[1].ID {
+					t.Fatalf("the session: %+v", got)
+				}
+				fresh := acquire(t, p, spec("alice"))
+				if id := fresh.ID(); id == list[0].ID || id == list[1].ID {
+					t.Error("a newcomer rides on it")
+				}
+				fresh.Release()
+				l.Release()
+				cut()
+				synctest.Wait()
+				if len(p.List()) != 0 {
+					t.Errorf("left: %+v", p.List())
+				}
+			})
+		})
+	}
+}
+
 // The pool closes a connection with its last channel, where the client is on another one too. That must not make the
 // channel look cut.
 func TestTheLastSessionOfAConnectionIsNotCut(t *testing.T) {

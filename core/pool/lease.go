@@ -76,11 +76,7 @@ func (l *Lease) Watch(lost func(Loss)) {
 
 // lostLocked tells of u's end.
 func (l *Lease) lostLocked(u *upstream) {
-	loss := Loss{Upstream: u.id, Reason: u.reason}
-	loss.Elsewhere = l.home != nil && l.home != u && !l.home.conn.Down()
-	for o, n := range l.holds {
-		loss.Elsewhere = loss.Elsewhere || o != u && n > 0
-	}
+	loss := Loss{Upstream: u.id, Reason: u.reason, Elsewhere: l.elsewhereLocked(u)}
 	if loss.Elsewhere && l.home == u {
 		l.setHomeLocked(nil)
 	}
@@ -94,16 +90,42 @@ func (l *Lease) lostLocked(u *upstream) {
 	}
 }
 
-// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go.
-func (l *Lease) holdLocked(u *upstream) {
-	if l.gone {
-		return
+// elsewhereLocked tells whether the client could go on without u.
+func (l *Lease) elsewhereLocked(u *upstream) bool {
+	if l.home != nil && l.home != u && !l.home.conn.Down() {
+		return true
 	}
-	l.holds[u]++
-	u.leases[l] = struct{}{}
+	for o, n := range l.holds {
+		if o != u && n > 0 {
+			return true
+		}
+	}
+	return false
 }
 
-// unholdLocked is its opposite. What is not the client's home is let go with the last.
+// doomedLocked tells whether the client has lost its connection, and is about to hear of it.
+func (l *Lease) doomedLocked() bool {
+	return l.home != nil && l.home.conn.Down() && !l.elsewhereLocked(l.home)
+}
+
+// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go.
+func (l *Lease) holdLocked(u *upstream) {
+	if l.mayHoldLocked(u) {
+		l.holds[u]++
+	}
+}
+
+// mayHoldLocked lets the client use u though others may not. It tells whether the client is still there.
+func (l *Lease) mayHoldLocked(u *upstream) bool {
+	if l.gone {
+		return false
+	}
+	l.holds[u] += 0
+	u.leases[l] = struct{}{}
+	return true
+}
+
+// unholdLocked is the opposite of holdLocked. What is not the client's home is let go with the last.
 func (l *Lease) unholdLocked(u *upstream) {
 	if l.gone {
 		return
