@@ -742,6 +742,69 @@ func TestALostConnectionBesideTheHome(t *testing.T) {
 	})
 }
 
+// forgetful is a farm whose connections never answer the opening of a direct-tcpip channel, not even when they end.
+type forgetful struct {
+	*farm
+	over chan struct{}
+}
+
+func (f forgetful) Dial(ctx context.Context, s Spec, a Asker) (Conn, error) {
+	c, err := f.farm.Dial(ctx, s, a)
+	if err != nil {
+		return nil, err
+	}
+	return forgetfulConn{c.(*farmConn), f.over}, nil
+}
+
+type forgetfulConn struct {
+	*farmConn
+	over chan struct{}
+}
+
+func (c forgetfulConn) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	if kind == "direct-tcpip" {
+		<-c.over
+		return nil, nil, io.EOF
+	}
+	return c.farmConn.OpenChannel(kind, extra)
+}
+
+// x/crypto forgets an open that it sends in the moment when the connection ends. The client is not taken for dead because of
+// that, if it has another connection.
+func TestAForgottenOpenHoldsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := forgetful{&farm{openSSH: true}, make(chan struct{})}
+		p := newPool(t, f, CloseAtOnce{})
+		l, other := acquire(t, p, spec("alice")), acquire(t, p, spec("alice"))
+		copied := open(t, l, bulk)
+		failed := make(chan error, 1)
+		go func() {
+			_, _, err := l.Open(t.Context(), permit(t, use.LocalForward), "direct-tcpip", nil)
+			failed <- err
+		}()
+		synctest.Wait()
+		why := errors.New("h.example.com:22: connection reset by peer")
+		f.conn(0).end(why)
+		if err := <-failed; !errors.Is(err, why) {
+			t.Errorf("got %v", err)
+		}
+		synctest.Wait()
+		if !l.Alive() || copied.closed.Load() != 0 {
+			t.Error("the client is taken for dead")
+		}
+		f.conn(1).end(why)
+		l.Watch(func(loss Loss) {
+			if loss.Upstream == copied.Upstream() && loss.Elsewhere {
+				t.Errorf("who has lost all can't go on: %+v", loss)
+			}
+		})
+		synctest.Wait()
+		close(f.over)
+		l.Release()
+		other.Release()
+	})
+}
+
 // Without any connection left, forwards get a new one where that takes no person, else an error.
 func TestAHomeIsReplaced(t *testing.T) {
 	for name, person := range map[string]bool{"silently": false, "not with a password": true} {

@@ -80,6 +80,11 @@ func (l *Lease) lostLocked(u *upstream) {
 	if loss.Elsewhere && l.home == u {
 		l.setHomeLocked(nil)
 	}
+	// x/crypto can forget an open that it sends in the moment when the connection ends: nobody would take its hold off.
+	if l.holds[u] = 0; u != l.home {
+		delete(l.holds, u)
+		u.letGoLocked(l)
+	}
 	switch {
 	case l.gone:
 	case l.lost == nil:
@@ -108,8 +113,14 @@ func (l *Lease) doomedLocked() bool {
 	return l.home != nil && l.home.conn.Down() && !l.elsewhereLocked(l.home)
 }
 
-// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go.
+// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go. Nor
+// does an upstream that has ended.
 func (l *Lease) holdLocked(u *upstream) {
+	select {
+	case <-u.dead:
+		return
+	default:
+	}
 	if l.mayHoldLocked(u) {
 		l.holds[u]++
 	}
@@ -127,7 +138,7 @@ func (l *Lease) mayHoldLocked(u *upstream) bool {
 
 // unholdLocked is the opposite of holdLocked. What is not the client's home is let go with the last.
 func (l *Lease) unholdLocked(u *upstream) {
-	if l.gone {
+	if l.gone || l.holds[u] == 0 {
 		return
 	}
 	if l.holds[u]--; l.holds[u] == 0 && u != l.home {
