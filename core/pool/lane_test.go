@@ -805,6 +805,56 @@ func TestAForgottenOpenHoldsNothing(t *testing.T) {
 	})
 }
 
+// A client that came in the moment when the connection broke gets another, where that takes no person and nobody wanted the
+// connection closed.
+func TestANewcomerOutlivesTheConnection(t *testing.T) {
+	why := errors.New("h.example.com:22: connection reset by peer")
+	reset := func(_ *Pool, f *farm) { f.conn(0).end(why) }
+	for name, c := range map[string]struct {
+		person bool
+		before func(t *testing.T, l *Lease)
+		end    func(p *Pool, f *farm)
+		lives  bool
+	}{
+		"reset":    {end: reset, lives: true},
+		"a person": {person: true, end: reset},
+		"used": {before: func(t *testing.T, l *Lease) {
+			open(t, l, Lane{}).Close()
+			time.Sleep(time.Second)
+		}, end: reset},
+		"a forward": {before: func(t *testing.T, l *Lease) {
+			_, reqs, err := l.Open(t.Context(), permit(t, use.LocalForward), "direct-tcpip", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			l.Discard(reqs)
+		}, end: reset},
+		"not new": {before: func(*testing.T, *Lease) { time.Sleep(newcomerTime) }, end: reset},
+		"closed":  {end: func(p *Pool, f *farm) { p.CloseMatching(func(ConnInfo) bool { return true }, why) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &farm{openSSH: true, person: c.person}
+				p := newPool(t, f, CloseAtOnce{})
+				l := acquireAs(t, p, spec("alice"), yes)
+				if c.before != nil {
+					c.before(t, l)
+				}
+				c.end(p, f)
+				if loss := lossOf(l); loss.Elsewhere != c.lives || !errors.Is(loss.Reason, why) {
+					t.Errorf("%+v", loss)
+				}
+				if c.lives {
+					if ch := open(t, l, Lane{}); ch.Upstream() != 2 {
+						t.Errorf("its session is on %d", ch.Upstream())
+					}
+				}
+				l.Release()
+			})
+		})
+	}
+}
+
 // Without any connection left, forwards get a new one where that takes no person, else an error.
 func TestAHomeIsReplaced(t *testing.T) {
 	for name, person := range map[string]bool{"silently": false, "not with a password": true} {

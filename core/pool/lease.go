@@ -25,6 +25,7 @@ type Lease struct {
 	spec   Spec    // to log in once more
 	by     use.Use // the attach
 	silent bool    // that takes no person
+	since  time.Time
 	once   sync.Once
 	homeID atomic.Uint64 // number of home
 
@@ -34,6 +35,7 @@ type Lease struct {
 
 	// guarded by Pool.mu
 	home   *upstream         // nil after it has ended without this client
+	used   bool              // there has been something of the client's on an upstream
 	holds  map[*upstream]int // channels and forwards on each
 	lost   func(Loss)        // nil until Watch
 	losses []Loss            // before Watch
@@ -44,13 +46,14 @@ type Lease struct {
 type Loss struct {
 	Upstream uint64 // its number
 	Reason   error  // a line for a person
-	// Elsewhere: the client's home, or channels or forwards of it, are on other upstreams, so that it can go on.
+	// Elsewhere: the client can go on, for its home, or channels or forwards of it, are on other upstreams, or it has had
+	// none yet.
 	Elsewhere bool
 }
 
 func (p *Pool) newLeaseLocked(u *upstream, k flightKey, spec Spec, by use.Use) *Lease {
 	l := &Lease{
-		pool: p, key: k, spec: spec, by: by, silent: u.conn.Server().Silent,
+		pool: p, key: k, spec: spec, by: by, silent: u.conn.Server().Silent, since: time.Now(),
 		listeners: map[*Listener]struct{}{}, holds: map[*upstream]int{},
 	}
 	l.setHomeLocked(u)
@@ -95,9 +98,16 @@ func (l *Lease) lostLocked(u *upstream) {
 	}
 }
 
-// elsewhereLocked tells whether the client could go on without u.
+// newcomerTime is how long a client that has used nothing yet counts as one that would better have come later.
+const newcomerTime = 3 * time.Second
+
+// elsewhereLocked tells whether the client could go on without u. One that came in the moment when the connection broke has
+// lost nothing by that, if another can be had.
 func (l *Lease) elsewhereLocked(u *upstream) bool {
 	if l.home != nil && l.home != u && !l.home.conn.Down() {
+		return true
+	}
+	if l.silent && !l.used && time.Since(l.since) < newcomerTime && u.conn.Cause() != nil {
 		return true
 	}
 	for o, n := range l.holds {
@@ -311,6 +321,9 @@ func (l *Lease) Request(ctx context.Context, permit *use.Permit, name string, wa
 	if err != nil {
 		return false, nil, err
 	}
+	l.pool.mu.Lock()
+	l.used = true
+	l.pool.mu.Unlock()
 	return u.request(ctx, name, wantReply, payload)
 }
 
