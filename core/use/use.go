@@ -80,6 +80,7 @@ type Use struct {
 	Subsystem string // subsystem: its name
 	Addr      string // forwards and jumps: destination or listen address, host:port or a path
 	Name      string // other: channel or request type; control: the verb
+	LoggedIn  bool   // the client's person has answered what the login of its connection wanted to know
 }
 
 // Gate decides about every use. There is no way to a channel, a forward or a changing command around it.
