@@ -68,6 +68,8 @@ type Caller struct {
 	// Env holds the variables that policy refers to, of the process that started the client. They can be secret, and
 	// whoever starts a client chooses them.
 	Env map[string]string `json:"-"`
+	// LoggedIn says that the person at this client has answered what the login of its connection wanted to know.
+	LoggedIn bool `json:"-"`
 }
 
 // Use is one thing that a client asks for.
@@ -80,7 +82,6 @@ type Use struct {
 	Subsystem string // subsystem: its name
 	Addr      string // forwards and jumps: destination or listen address, host:port or a path
 	Name      string // other: channel or request type; control: the verb
-	LoggedIn  bool   // the client's person has answered what the login of its connection wanted to know
 }
 
 // Gate decides about every use. There is no way to a channel, a forward or a changing command around it.
