@@ -54,6 +54,7 @@ func TestRun(t *testing.T) {
 		{"hostile words", `printf 'a\033[2J\n' >&2; exit 1`, no, `a\x1b[2J`},
 		{"crashed", "kill -SEGV $$", noWay, "segmentation fault"},
 		{"more than ssh reads", "head -c 5000 /dev/zero", no, ""},
+		{"yes, and more than ssh reads", "echo yes; head -c 5000 /dev/zero", no, ""},
 		{"a flood that ends", "head -c 10000000 /dev/zero; exit 0", no, ""},
 		{"the prompt and its kind", `test "$1" = "a
 prompt" -a "$#" = 1 -a "$SSH_ASKPASS_PROMPT" = confirm && exit 0; exit 1`, yes, ""},

@@ -370,6 +370,10 @@ func TestScopeOf(t *testing.T) {
 			t.Errorf("%s: %+v, %v", c.name, p, ok)
 		}
 	}
+	// What a person typed into a shell is ssh's doing.
+	if got := chainText(asking([]plugin.Process{mux, ssh, leader("/bin/zsh")}), 0); got != fmt.Sprintf("ssh (%d) <- zsh", ssh.PID) {
+		t.Error(got)
+	}
 }
 
 // A yes ends with the process that it is bound to.
@@ -396,10 +400,7 @@ func TestProcessEnds(t *testing.T) {
 			}
 		}
 		cmd.Process.Kill()
-		if kernel == "without" { // a zombie has ended, too
-			cmd.Wait()
-		}
-		for w.grants.list() != nil {
+		for w.grants.list() != nil { // a zombie has ended, too
 			time.Sleep(time.Millisecond) // polling: the kernel ends it soon
 		}
 		for range 2 {
@@ -441,10 +442,19 @@ func TestForgetting(t *testing.T) {
 			t.Errorf("%s: it counts on", c.name)
 		}
 	}
-	// A policy that has the block as it was forgets nothing.
+	// An answer to a question of an earlier policy counts for what was asked.
 	w := newWorld(t)
 	b := defaults(t)
 	b.Ask = first
+	w.person = func(context.Context, string) answer {
+		w.Configure(t.Context(), &plugin.Config{Plugin: plugin.Block{Value: &own{}}})
+		return answer{verdict: yes}
+	}
+	if !w.ok(&b, w.use("exec", shell)) || len(w.grants.list()) != 0 {
+		t.Error("an answer counts on under a policy that it was not given for")
+	}
+	// A policy that has the block as it was forgets nothing.
+	w = newWorld(t)
 	w.ok(&b, w.use("exec", shell))
 	same := b
 	cfg := &plugin.Config{Plugin: plugin.Block{Value: &own{}}, Hosts: []plugin.Block{{Value: &same, Pos: "p:1"}}}
@@ -602,8 +612,12 @@ func TestEnds(t *testing.T) {
 			elsewhere := w.use("exec", shell)
 			elsewhere.Target.Host = "i"
 			all.Go(func() {
+				began := time.Now()
 				if d := w.authorize(t.Context(), &b, elsewhere); d != c.want {
 					t.Errorf("%s: %+v, want %+v", c.name, d, c.want)
+				}
+				if took := time.Since(began); took > 10*time.Second {
+					t.Errorf("%s: the next question came only after %v", c.name, took)
 				}
 			})
 			synctest.Wait()
@@ -718,8 +732,11 @@ func TestLoggedIn(t *testing.T) {
 	}
 	forgotten := one
 	forgotten.Client = 10
-	if w.ok(&b, forgotten); w.questions() != 1 {
-		t.Error("a client that was forgotten counts as new")
+	for range 2 {
+		if w.ok(&b, forgotten); w.questions() != 1 {
+			t.Error("a client that was forgotten counts as new")
+		}
+		w.Observe(t.Context(), plugin.Event{Kind: "end", Use: plugin.Use{Kind: "attach", Client: maxClients}}) // room for it
 	}
 	never := b
 	never.Ask = deny

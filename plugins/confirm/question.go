@@ -36,7 +36,7 @@ type question struct {
 func (c *confirm) ask(r *plugin.Request, b *block, k key, who plugin.Process, bound bool) (*question, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if q := c.questions[k]; bound && q != nil && q.ctx.Err() == nil {
+	if q := c.questions[k]; q != nil && q.ctx.Err() == nil {
 		q.waiting = append(q.waiting, r)
 		q.total++
 		return q, nil

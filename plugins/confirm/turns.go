@@ -70,7 +70,7 @@ func (t *turns) take(ctx context.Context, asker scope, say func(string)) error {
 		t.mu.Lock()
 		if err := ctx.Err(); err != nil {
 			t.remove(me)
-			t.wake()
+			t.wake() // the next one may have looked while this one stood before it
 			t.mu.Unlock()
 			return err
 		}

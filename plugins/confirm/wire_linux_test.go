@@ -206,6 +206,13 @@ func TestTerminal(t *testing.T) {
 	if got := w.judge(t.Context(), w.pb("attach", 4), nil); got != "deny: the answer was no; try again to be asked again" {
 		t.Error(got)
 	}
+	// It is good for the terminal's blocks alone.
+	elsewhere := defaults(t)
+	u := w.use("exec", self(t))
+	u.Client = 2
+	if w.ok(&elsewhere, u) {
+		t.Error("it stands for a block that wants to be asked otherwise")
+	}
 	// A yes that counts on spares the next client of the same shell the question.
 	w = newWired(t, func(v map[string]any) { v["fallback"], v["ask"] = "terminal", "first" })
 	w.noWay = errors.New("no display")
