@@ -37,7 +37,7 @@ test:
 	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
 		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
-		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper \
+		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper systemd-analyze:systemd systemd-socket-activate:systemd \
 		python3.grpc:python3-grpcio python3.google.protobuf:python3-protobuf \
 		protoc:protobuf-compiler grpc_python_plugin:protobuf-compiler-grpc
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)

@@ -140,6 +140,7 @@ func (f *fakeMaster) Stop(_ context.Context, _ use.Caller, drain bool) error {
 	}
 	return err
 }
+func (f *fakeMaster) Restart(context.Context, use.Caller) (int, error) { return 77, f.call("restart") }
 func (f *fakeMaster) Reload(context.Context, use.Caller, bool) (control.Reloaded, error) {
 	return f.reloaded, f.call("reload")
 }
