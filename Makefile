@@ -14,7 +14,7 @@ help:
 	@echo 'make build        bin/muxproxy and bin/muxproxyd, static'
 	@echo 'make demo         build, then measure what sharing gives; DEMO_HOST=HOST for a host of yours'
 	@echo 'make bench        build, then measure beside ControlMaster; QUICK=1 for 3 minutes, CASES=PATTERN for some of it'
-	@echo 'make test         all tests, with the race detector, and copies of 256 MiB without it'
+	@echo 'make test         all tests, with the race detector; copies of 256 MiB and 2 GiB of rekeying without it'
 	@echo 'make lint         gofmt, go vet (linux, darwin, windows), staticcheck, govulncheck'
 	@echo 'make proto        generate the code of the .proto files (needs protoc)'
 	@echo 'make proto-check  fail if that would change anything'
