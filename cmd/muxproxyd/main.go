@@ -39,6 +39,7 @@ type app struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	now            func() time.Time
+	exe            string // path of this executable; "": os.Executable knows
 }
 
 // statusError is an error that ends the program with a status of its own. Every other one ends it with exitFailed.
@@ -124,6 +125,7 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 	root.AddCommand(
 		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
+		newSetup(a),
 	)
 	return root
 }

@@ -36,6 +36,7 @@ type world struct {
 	env   map[string]string
 	dirs  paths.Dirs
 	stdin string
+	exe   string
 }
 
 func newWorld(t *testing.T) *world {
@@ -86,7 +87,8 @@ func (w *world) serve(b *fakeMaster) (stop func()) {
 func (w *world) run(args ...string) (status int, stdout, stderr string) {
 	w.t.Helper()
 	var out, errOut bytes.Buffer
-	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon }}
+	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon },
+		exe: w.exe}
 	status = run(w.t.Context(), a, args)
 	return status, out.String(), errOut.String()
 }

@@ -155,20 +155,28 @@ func runMasterStop(ctx context.Context, a *app, drain bool) error {
 		if err != nil {
 			return err
 		}
-		// A master that goes at once may be gone before it has answered.
-		if err := m.Stop(ctx, drain); err != nil && !(errors.Is(err, control.ErrLost) && !drain) {
-			return err
-		}
 		if drain {
+			if err := m.Stop(ctx, true); err != nil {
+				return err
+			}
 			_, err := fmt.Fprintf(a.stdout, "the master, pid %d, ends with its last client\n", s.PID)
 			return err
 		}
-		if err := waitForEnd(ctx, m, s.PID); err != nil {
+		if err := stopNow(ctx, m, s.PID); err != nil {
 			return err
 		}
 		_, err = fmt.Fprintf(a.stdout, "the master, pid %d, has ended\n", s.PID)
 		return err
 	})
+}
+
+// stopNow ends a master and returns when its process has ended.
+func stopNow(ctx context.Context, m *control.Master, pid int) error {
+	// A master that goes at once may be gone before it has answered.
+	if err := m.Stop(ctx, false); err != nil && !errors.Is(err, control.ErrLost) {
+		return err
+	}
+	return waitForEnd(ctx, m, pid)
 }
 
 // waitForEnd returns when the master has closed the connection and its process has ended, so that a new one can start.

@@ -177,3 +177,6 @@ func Leads(command string) (program string, ok bool) {
 
 // KnownHostsFiles are the paths in a GlobalKnownHostsFile or UserKnownHostsFile of `ssh -G`, as it prints them.
 func KnownHostsFiles(value string) []string { return splitPaths(value) }
+
+// IsSystemFile reports whether a path is that of the system-wide ssh_config.
+func IsSystemFile(path string) bool { return path == systemConfig() }
