@@ -74,10 +74,10 @@ func useFromPB(u *pluginpb.Use) Use {
 	out := Use{
 		Kind: u.GetKind(), Client: u.GetClient(), Target: targetFromPB(u.GetTarget()), Command: string(u.GetCommand()),
 		Program: u.GetProgram(), Subsystem: string(u.GetSubsystem()), Addr: string(u.GetAddr()), Name: string(u.GetName()),
-		UID: int(u.GetUid()),
+		UID: int(u.GetUid()), LoggedIn: u.GetLoggedIn(),
 	}
 	for _, p := range u.GetProcesses() {
-		q := Process{PID: int(p.GetPid()), Exe: string(p.GetExe()), Cwd: string(p.GetCwd()), TTY: p.GetTty()}
+		q := Process{PID: int(p.GetPid()), Start: p.GetStart(), Exe: string(p.GetExe()), Cwd: string(p.GetCwd()), TTY: p.GetTty()}
 		for _, a := range p.GetArgs() {
 			q.Args = append(q.Args, string(a))
 		}

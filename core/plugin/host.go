@@ -114,6 +114,13 @@ func (h *Host) Kept(ctx context.Context) ([]byte, error) {
 	return r.GetData(), hostError(err)
 }
 
+// Record adds a line to the audit log in the plugin's name: event is one word, target the USER@HOST:PORT that it is about
+// or "", detail one line. The log may be full or slow: nothing waits for it.
+func (h *Host) Record(ctx context.Context, event, target, detail string) error {
+	_, err := h.client.Record(ctx, &pluginpb.RecordRequest{Event: event, Target: target, Detail: detail})
+	return hostError(err)
+}
+
 // Stream is a stream to or from the remote host. It can be half-closed with CloseWrite.
 type Stream struct {
 	*net.UnixConn
@@ -151,6 +158,7 @@ type Handover struct {
 	Connection       uint64
 	Network, Address string
 	Origin           string // IP:PORT of the socket's peer; may be ""
+	PID              int    // of the process whose stream it is: policy and audit see it as the caller; 0: the plugin
 	Data             []byte // what was already read from the socket, at most 64 KiB
 }
 
@@ -159,7 +167,7 @@ type Handover struct {
 // returns when it has ended, and has to be called.
 func (h *Host) HandOver(ctx context.Context, o Handover, socket syscall.Conn) (wait func(), err error) {
 	r, err := h.dial(ctx, &pluginpb.DialRequest{
-		Connection: o.Connection, Network: o.Network, Address: o.Address, Origin: o.Origin, Data: o.Data,
+		Connection: o.Connection, Network: o.Network, Address: o.Address, Origin: o.Origin, Data: o.Data, Pid: int64(o.PID),
 	})
 	if err != nil {
 		return nil, err

@@ -134,6 +134,7 @@ func (t Target) String() string {
 // Process is what the kernel said of a process: a claim, not proof.
 type Process struct {
 	PID      int
+	Start    uint64 // clock ticks after boot; with PID it names one process for ever
 	Exe      string
 	Args     []string
 	Cwd, TTY string
@@ -153,6 +154,7 @@ type Use struct {
 	Name      string    // of kind "other" and "control"
 	UID       int       // of the caller
 	Processes []Process // of the caller: who connected, then its parents
+	LoggedIn  bool      // who asks has answered what the login of this connection wanted to know
 }
 
 // Request is a use to be judged.
@@ -218,13 +220,15 @@ type Idle struct {
 // Event is something that happened.
 type Event struct {
 	Time time.Time
-	// Kind is "decision" or "end" of a use, "up" or "down" of a connection. More may come.
+	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
+	// or "wake" of the machine. More may come.
 	Kind       string
 	ID         string // joins the two records of a use
 	Use        Use
 	Allowed    bool
-	By, Reason string // of a denial
-	Result     string // of an end: "ok", "exit", "signal", "cut", "refused", "closed"
+	By, Reason string // of a denial; Reason also of "down"
+	// Result is "ok", "exit", "signal", "cut", "refused" or "closed" of an end; of "down", "closed" here or "lost".
+	Result     string
 	ExitCode   uint32
 	In, Out    int64
 	Connection Connection

@@ -31,6 +31,7 @@ type Dial struct {
 	Network    string // "tcp" or "unix"
 	Address    string // host:port or a path; escaped by nobody
 	Origin     string // IP:PORT of whose stream it is; "": none
+	PID        int    // of whose stream it is, as the plugin says; 0: its own
 }
 
 // Stream is one to or from the remote host. Close ends both directions; nothing is lost that was written before
@@ -71,6 +72,8 @@ type Backend interface {
 	Dial(ctx context.Context, by Actor, d Dial) (Stream, error)
 	// Listen starts a forward; ctx is for that only.
 	Listen(ctx context.Context, by Actor, connection uint64, network, address string) (Listener, error)
+	// Record adds a line to the audit log; its text is escaped. It does not wait for the disk.
+	Record(by Actor, event, target, detail string)
 	// Notify shows a line, which is escaped, to the clients of a connection.
 	Notify(ctx context.Context, by Actor, connection uint64, line string) error
 }

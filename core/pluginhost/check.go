@@ -256,7 +256,6 @@ func (m *Manager) Retain(ctx context.Context, c pool.ConnInfo) time.Time {
 	ctx, cancel := context.WithTimeout(ctx, m.o.Timing.First)
 	defer cancel()
 	var until time.Time
-	idle := time.Now()
 	for _, p := range s.plugins {
 		if d := p.description(); d == nil || !d.hook("retain") {
 			continue
@@ -273,7 +272,7 @@ func (m *Manager) Retain(ctx context.Context, c pool.ConnInfo) time.Time {
 			Connection: connectionToPB(Connection{
 				ID: c.ID, Target: c.Target, Lane: c.Lane, Up: c.State == pool.Up, Clients: c.Clients, Since: c.Since,
 			}),
-			Block: block, IdleSince: timeToPB(idle),
+			Block: block, IdleSince: timeToPB(c.IdleSince),
 		}
 		r, err := p.retain(ctx, request)
 		if err != nil {

@@ -145,12 +145,13 @@ func useToPB(u use.Use) *pluginpb.Use {
 	out := &pluginpb.Use{
 		Kind: string(u.Kind), Client: u.Client, Target: targetToPB(u.Target), Command: []byte(u.Command),
 		Subsystem: []byte(u.Subsystem), Addr: []byte(u.Addr), Name: []byte(u.Name), Uid: int64(u.Caller.UID),
+		LoggedIn: u.Caller.LoggedIn,
 	}
 	if u.Kind == use.Exec {
 		out.Program = utf8(use.Program(u.Command))
 	}
 	for _, p := range u.Caller.Processes {
-		q := &pluginpb.Process{Pid: int64(p.PID), Exe: []byte(p.Exe), Cwd: []byte(p.Cwd), Tty: utf8(p.TTY)}
+		q := &pluginpb.Process{Pid: int64(p.PID), Start: p.Start, Exe: []byte(p.Exe), Cwd: []byte(p.Cwd), Tty: utf8(p.TTY)}
 		for _, a := range p.Args {
 			q.Args = append(q.Args, []byte(a))
 		}
@@ -168,7 +169,7 @@ func connectionToPB(c Connection) *pluginpb.Connection {
 func eventToPB(e Event) *pluginpb.Event {
 	out := &pluginpb.Event{
 		Time: timeToPB(e.Time), Kind: e.Kind, Id: e.ID, Allowed: e.Denied == nil, Result: e.Result.Status, In: e.Result.In,
-		Out: e.Result.Out,
+		Out: e.Result.Out, Reason: utf8(use.Printable(e.Result.Err)),
 	}
 	if e.Denied != nil {
 		out.By, out.Reason = utf8(e.Denied.By), utf8(e.Denied.Reason)
@@ -176,9 +177,10 @@ func eventToPB(e Event) *pluginpb.Event {
 	if e.Result.ExitCode != nil {
 		out.ExitCode = *e.Result.ExitCode
 	}
-	if e.Connection.ID != 0 {
+	switch {
+	case e.Connection.ID != 0:
 		out.Connection = connectionToPB(e.Connection)
-	} else {
+	case e.Use.Kind != "":
 		out.Use = useToPB(e.Use)
 	}
 	return out

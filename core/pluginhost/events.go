@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,21 +19,26 @@ const maxEvents = 256
 // Event is something that plugins with the capability "observe" are told.
 type Event struct {
 	Time time.Time
-	Kind string // "decision" or "end" of a use, "up" or "down" of a connection
+	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
+	// or "wake" of the machine.
+	Kind string
 	ID   string // joins the two records of a use
-	// Use is set for the first two kinds, Connection for the others.
+	// Use is set for the first two kinds, Connection for the next two.
 	Use        use.Use
 	Denied     *use.Denied // of a decision; nil: allowed
-	Result     use.Result  // of an end
+	Result     use.Result  // of an end; of "down", with status "closed" or "lost" and an error
 	Connection Connection
 }
 
-// target is the host that an event is about.
-func (e Event) target() use.Target {
-	if e.Connection.ID != 0 {
-		return e.Connection.Target
+// concerns reports whether a plugin may know of e: of hosts without a block of it, it may not.
+func (e Event) concerns(plugin string, l Lookup) bool {
+	switch {
+	case e.Connection.ID != 0:
+		return l.Covers(plugin, e.Connection.Target)
+	case e.Use.Kind != "":
+		return l.Covers(plugin, e.Use.Target)
 	}
-	return e.Use.Target
+	return true
 }
 
 // Observe tells the plugins that may know. It never blocks: what a plugin does not take in time is dropped and counted.
@@ -41,7 +47,7 @@ func (m *Manager) Observe(e Event) {
 	var wire *pluginpb.Event
 	for _, p := range s.plugins {
 		if d := p.description(); d == nil || !d.hook("observe") || !p.has(plugin.CanObserve) ||
-			!s.lookup.Covers(p.spec.Name, e.target()) {
+			!e.concerns(p.spec.Name, s.lookup) {
 			continue
 		}
 		if wire == nil {
@@ -49,6 +55,14 @@ func (m *Manager) Observe(e Event) {
 		}
 		p.events.add(wire)
 	}
+}
+
+// Observed reports whether there is a plugin that Observe tells anything.
+func (m *Manager) Observed() bool {
+	return slices.ContainsFunc(m.set().plugins, func(p *supervised) bool {
+		d := p.description()
+		return d != nil && d.hook("observe") && p.has(plugin.CanObserve)
+	})
 }
 
 // events are what waits for one plugin. An event is shared by plugins, and not changed.

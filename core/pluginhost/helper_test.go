@@ -169,6 +169,10 @@ func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Wr
 			return fail(err)
 		}
 		stdout.Write(b)
+	case "record":
+		if err := h.Record(ctx, args[1], args[2], args[3]); err != nil {
+			return fail(err)
+		}
 	case "crash":
 		os.Exit(3)
 	case "spend": // a ticket, in hexadecimal, at the path

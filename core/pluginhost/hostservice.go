@@ -152,6 +152,7 @@ func (h *hostService) Dial(ctx context.Context, r *pluginpb.DialRequest) (*plugi
 	}
 	s, err := h.p.m.o.Backend.Dial(ctx, h.actor(ctx), Dial{
 		Connection: r.GetConnection(), Network: r.GetNetwork(), Address: r.GetAddress(), Origin: r.GetOrigin(),
+		PID: int(r.GetPid()),
 	})
 	if refused, ok := errors.AsType[*Refused](err); ok {
 		return &pluginpb.DialResponse{Refusal: &pluginpb.Refusal{
@@ -228,6 +229,12 @@ func (h *hostService) Notify(ctx context.Context, r *pluginpb.NotifyRequest) (*p
 		return nil, failed(err)
 	}
 	return &pluginpb.NotifyResponse{}, nil
+}
+
+func (h *hostService) Record(ctx context.Context, r *pluginpb.RecordRequest) (*pluginpb.RecordResponse, error) {
+	text := func(s string, most int) string { return use.Printable(clip(s, most)) }
+	h.p.m.o.Backend.Record(h.actor(ctx), text(r.GetEvent(), 32), text(r.GetTarget(), 300), text(r.GetDetail(), 1000))
+	return &pluginpb.RecordResponse{}, nil
 }
 
 // keptFile is where a plugin's data is.

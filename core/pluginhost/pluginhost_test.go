@@ -406,10 +406,11 @@ func TestObserve(t *testing.T) {
 	}
 	w.m.Observe(event("first", "h"))
 	w.m.Observe(event("hidden", "foreign"))
+	w.m.Observe(Event{Time: time.Now(), Kind: "locked"}) // of no host: for all
 	w.m.Observe(event("last", "h"))
 	w.waitLog(`observed {\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
 	if log := w.log.String(); strings.Contains(log, "hidden") || strings.Contains(log, `"plugin":"b","message":"observed`) ||
-		strings.Count(log, "observed") != 2 {
+		!strings.Contains(log, `\"event\":\"locked\"`) || strings.Count(log, "observed") != 3 {
 		t.Error("events went to whom they should not")
 	}
 	// A plugin that reads no more costs memory within bounds, and nobody waits.
@@ -550,4 +551,8 @@ func (b *fakeBackend) Listen(_ context.Context, by Actor, id uint64, network, ad
 func (b *fakeBackend) Notify(_ context.Context, by Actor, id uint64, line string) error {
 	b.call(by, "notify %d %s", id, line)
 	return nil
+}
+
+func (b *fakeBackend) Record(by Actor, event, target, detail string) {
+	b.call(by, "record %s %s %s", event, target, detail)
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -339,6 +340,15 @@ func TestHostService(t *testing.T) {
 			}
 		})
 	}
+	// A record needs no capability, and is escaped.
+	if status, out := w.command("cannot", "record", "grant", "u@h:22", "to zsh\x1b"); status != 0 || out != "" {
+		t.Errorf("record: status %d, %q", status, out)
+	}
+	w.backend.mu.Lock()
+	if want := `record grant u@h:22 to zsh\x1b by cannot true`; !slices.Contains(w.backend.calls, want) {
+		t.Errorf("calls: %q", w.backend.calls)
+	}
+	w.backend.mu.Unlock()
 	// Kept data survives the plugin.
 	inst, _ := w.m.set().find("can").up()
 	inst.Kill()

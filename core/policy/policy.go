@@ -73,6 +73,13 @@ func Default(o Options) *Snapshot {
 	return s
 }
 
+// WithSchemas reads the same text again, now with what the plugins declare.
+func (s *Snapshot) WithSchemas(schemas map[string]Schema) (*Snapshot, Diagnostics) {
+	o := s.opts
+	o.Schemas = schemas
+	return Parse(s.file, s.src, o)
+}
+
 // Snapshot is a policy. It never changes, and may be used by many goroutines.
 type Snapshot struct {
 	file    string

@@ -130,6 +130,15 @@ type Retainer interface {
 	Retain(ctx context.Context, c ConnInfo) time.Time
 }
 
+// Watcher is what a Retainer may be besides. Its methods must not block.
+type Watcher interface {
+	// Up is called when a connection has come up.
+	Up(ConnInfo)
+	// Down is called when one has ended. lost: not because it was closed here. reason is a line for a person, nil if the
+	// connection had no clients any more.
+	Down(c ConnInfo, lost bool, reason error)
+}
+
 // CloseAtOnce is the Retainer that keeps nothing.
 type CloseAtOnce struct{}
 

@@ -36,6 +36,7 @@ type Pool struct {
 	learned map[string]map[string]bool // by sharing key: the programs that turned out to be bulk
 	wake    chan struct{}              // closed, and made anew, when there may be room for a session
 	quiet   map[string]chan struct{}   // by sharing key: closed when no client is left
+	again   chan struct{}              // closed, and made anew, when the Retainer is to be asked again
 	closed  bool
 }
 
@@ -49,7 +50,7 @@ func newWithClock(d Dialer, r Retainer, gate use.Gate, log zerolog.Logger, clock
 	p := &Pool{
 		dialer: d, retainer: r, gate: gate, log: log, clock: clock, flights: map[flightKey]*flight{},
 		growths: map[laneKey]*growth{}, learned: map[string]map[string]bool{}, wake: make(chan struct{}),
-		quiet: map[string]chan struct{}{},
+		quiet: map[string]chan struct{}{}, again: make(chan struct{}),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.wg.Go(p.watchClock)
@@ -132,6 +133,29 @@ type waiter struct {
 	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
 	// first could be gone by then, and the upstream with it.
 	lease *Lease
+}
+
+// Attach returns a lease on the living upstream of that number, for one use of it that is no client's. The lease must be
+// released.
+func (p *Pool) Attach(ctx context.Context, permit *use.Permit, id uint64) (*Lease, error) {
+	if !permit.Valid(use.LocalForward, use.RemoteForward) {
+		return nil, errors.New("no permit to attach")
+	}
+	p.mu.Lock()
+	i := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.id == id })
+	if i < 0 || p.closed || p.ups[i].draining || p.ups[i].conn.Down() {
+		p.mu.Unlock()
+		return nil, fmt.Errorf("connection %d has ended", id)
+	}
+	u := p.ups[i]
+	k := flightKey{key: u.key, agent: u.conn.Server().AgentID, lane: u.lane.Agent}
+	l := p.newLeaseLocked(u, k, u.spec, permit.Use())
+	p.mu.Unlock()
+	if err := u.checked(ctx); err != nil {
+		l.Release()
+		return nil, err
+	}
+	return l, nil
 }
 
 // Acquire returns a lease on an upstream for spec: a living one if there is one that may be shared, else the result
@@ -396,7 +420,21 @@ func (p *Pool) up(u *upstream, since time.Time) {
 	s := u.conn.Server()
 	p.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
 		Str("server", use.Printable(s.Version)).Dur("took", time.Since(since)).Msg("upstream is up")
+	if w, ok := p.retainer.(Watcher); ok {
+		p.mu.Lock()
+		info := u.infoLocked()
+		p.mu.Unlock()
+		w.Up(info)
+	}
 	u.run()
+}
+
+// Reconsider has the Retainer asked again about all connections without clients: it would say something else now.
+func (p *Pool) Reconsider() {
+	p.mu.Lock()
+	close(p.again)
+	p.again = make(chan struct{})
+	p.mu.Unlock()
 }
 
 // end closes a connection that nobody uses.
@@ -479,6 +517,7 @@ type ConnInfo struct {
 	LastHeard time.Time
 	Server    ServerInfo
 	Clients   int
+	IdleSince time.Time // when the last client left; zero: there are some
 	Channels  int64
 	In, Out   int64 // bytes of channel data: towards the remote host, from it
 	Sessions  int   // open session channels, the spare among them

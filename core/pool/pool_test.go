@@ -599,6 +599,85 @@ func TestRetention(t *testing.T) {
 	}
 }
 
+// watcher is a Retainer that keeps a record of what it is told.
+type watcher struct {
+	keeper
+	told chan string
+}
+
+func (w watcher) Up(c ConnInfo) { w.told <- fmt.Sprintf("up %d %s", c.ID, c.Target.Addr()) }
+func (w watcher) Down(c ConnInfo, lost bool, reason error) {
+	w.told <- fmt.Sprintf("down %d %v %v", c.ID, lost, reason)
+}
+
+func TestWatcherIsTold(t *testing.T) {
+	d := &dialer{}
+	var times atomic.Int64
+	anHourOnce := func() time.Time {
+		if times.Add(1) == 1 {
+			return time.Now().Add(time.Hour)
+		}
+		return time.Time{}
+	}
+	w := watcher{keeper{anHourOnce, make(chan ConnInfo, 10)}, make(chan string, 10)}
+	p := newPool(t, d, w)
+	tell := func(want string) {
+		t.Helper()
+		if got := <-w.told; got != want {
+			t.Errorf("told %q, not %q", got, want)
+		}
+	}
+	l := acquire(t, p, spec("alice"))
+	tell("up 1 h.example.com:22")
+	d.conn(0).end(errors.New("h.example.com:22: connection reset by peer"))
+	tell("down 1 true h.example.com:22: connection reset by peer")
+	l.Release()
+
+	l = acquire(t, p, spec("alice"))
+	tell("up 2 h.example.com:22")
+	p.CloseMatching(func(ConnInfo) bool { return true }, errors.New("closed by muxproxy close"))
+	tell("down 2 false closed by muxproxy close")
+	l.Release()
+
+	l = acquire(t, p, spec("alice"))
+	tell("up 3 h.example.com:22")
+	l.Release()
+	if c := <-w.asked; c.IdleSince.IsZero() || time.Since(c.IdleSince) > time.Minute {
+		t.Errorf("idle since %v", c.IdleSince)
+	}
+	p.Reconsider()
+	if c := <-w.asked; c.ID != 3 {
+		t.Errorf("asked about %+v", c)
+	}
+	tell("down 3 false <nil>")
+}
+
+// Attach is for uses that are no client's.
+func TestAttach(t *testing.T) {
+	d := &dialer{}
+	p := newPool(t, d, CloseAtOnce{})
+	l := acquire(t, p, spec("alice"))
+	if _, err := p.Attach(t.Context(), permit(t, use.Attach), l.ID()); err == nil {
+		t.Error("attached by a permit for something else")
+	}
+	if _, err := p.Attach(t.Context(), permit(t, use.LocalForward), l.ID()+1); err == nil {
+		t.Error("attached to what is not there")
+	}
+	second, err := p.Attach(t.Context(), permit(t, use.LocalForward), l.ID())
+	if err != nil || second.ID() != l.ID() {
+		t.Fatalf("%v", err)
+	}
+	l.Release()
+	if n := len(p.List()); n != 1 {
+		t.Errorf("%d upstreams while one is held", n)
+	}
+	second.Release()
+	eventually(t, "it closes with the last", func() bool { return len(p.List()) == 0 })
+	if _, err := p.Attach(t.Context(), permit(t, use.RemoteForward), 1); err == nil {
+		t.Error("attached to what has ended")
+	}
+}
+
 // person answers, or is nobody, or stays silent until it leaves.
 type person struct {
 	answer string

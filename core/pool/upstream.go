@@ -39,8 +39,9 @@ type upstream struct {
 	probing  *probe                   // under way
 	suspect  time.Time                // LastHeard when a probe failed, until it changes
 	draining bool
-	reason   error  // why we closed it, for its clients
-	idle     uint64 // counts the times that the last client left; a decision about an older idle is void
+	reason   error     // why we closed it, for its clients
+	idle     uint64    // counts the times that the last client left; a decision about an older idle is void
+	left     time.Time // when it did
 
 	fwd forwards
 }
@@ -72,8 +73,12 @@ func (u *upstream) infoLocked() ConnInfo {
 	if u.draining {
 		state = Draining
 	}
+	since := u.left
+	if len(u.leases) > 0 {
+		since = time.Time{}
+	}
 	return ConnInfo{
-		ID: u.id, Target: u.spec.Target, Lane: u.lane.String(), State: state, Since: u.since, LastHeard: u.conn.LastHeard(),
+		ID: u.id, Target: u.spec.Target, Lane: u.lane.String(), State: state, IdleSince: since, Since: u.since, LastHeard: u.conn.LastHeard(),
 		Server: u.conn.Server(), Clients: len(u.leases), Channels: u.channels.Load(), In: u.in.Load(), Out: u.out.Load(),
 		Sessions: u.sessions.open, MaxSessions: u.sessions.limit, Suspect: u.suspectLocked(),
 	}
@@ -97,6 +102,7 @@ func (u *upstream) letGoLocked(l *Lease) {
 		return
 	}
 	u.idle++
+	u.left = time.Now()
 	if idle := u.idle; !u.pool.closed {
 		u.pool.wg.Go(func() { u.release(idle) })
 	}
@@ -139,9 +145,14 @@ func (u *upstream) run() {
 		err := u.conn.Wait()
 		u.pool.mu.Lock()
 		u.pool.ups = slices.DeleteFunc(u.pool.ups, func(o *upstream) bool { return o == u })
+		lost, reason := u.reason == nil && u.conn.Cause() != nil, u.reason
 		if u.reason == nil {
 			u.reason = lostError(u.spec.Target, u.conn.Cause())
 		}
+		if lost {
+			reason = u.reason
+		}
+		info := u.infoLocked()
 		clients := len(u.leases)
 		for l := range u.leases {
 			l.lostLocked(u)
@@ -151,6 +162,9 @@ func (u *upstream) run() {
 		u.pool.mu.Unlock()
 		drains.Wait()
 		u.fwd.end()
+		if w, ok := u.pool.retainer.(Watcher); ok {
+			w.Down(info, lost, reason)
+		}
 		u.pool.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Int("clients", clients).
 			AnErr("cause", u.conn.Cause()).AnErr("transport", err).Msg("upstream has ended")
 	})
@@ -213,6 +227,7 @@ func (u *upstream) release(idle uint64) {
 		u.pool.mu.Lock()
 		info := u.infoLocked()
 		extra, quiet := u.extraLocked()
+		again := u.pool.again
 		u.pool.mu.Unlock()
 		wait := time.Duration(0)
 		switch {
@@ -232,6 +247,7 @@ func (u *upstream) release(idle uint64) {
 		select {
 		case <-t.C:
 		case <-quiet:
+		case <-again:
 		case <-u.dead:
 			t.Stop()
 			return

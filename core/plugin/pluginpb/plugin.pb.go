@@ -1014,6 +1014,7 @@ type Process struct {
 	Args          [][]byte               `protobuf:"bytes,3,rep,name=args,proto3" json:"args,omitempty"`
 	Cwd           []byte                 `protobuf:"bytes,4,opt,name=cwd,proto3" json:"cwd,omitempty"`
 	Tty           string                 `protobuf:"bytes,5,opt,name=tty,proto3" json:"tty,omitempty"`
+	Start         uint64                 `protobuf:"varint,6,opt,name=start,proto3" json:"start,omitempty"` // clock ticks after boot; with pid it names one process for ever
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1083,6 +1084,13 @@ func (x *Process) GetTty() string {
 	return ""
 }
 
+func (x *Process) GetStart() uint64 {
+	if x != nil {
+		return x.Start
+	}
+	return 0
+}
+
 // Use is one thing that a client asks for.
 type Use struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1092,10 +1100,11 @@ type Use struct {
 	Command       []byte                 `protobuf:"bytes,4,opt,name=command,proto3" json:"command,omitempty"`
 	Program       string                 `protobuf:"bytes,5,opt,name=program,proto3" json:"program,omitempty"` // the first word of a command that is plain words, else ""
 	Subsystem     []byte                 `protobuf:"bytes,6,opt,name=subsystem,proto3" json:"subsystem,omitempty"`
-	Addr          []byte                 `protobuf:"bytes,7,opt,name=addr,proto3" json:"addr,omitempty"`            // forwards and jumps
-	Name          []byte                 `protobuf:"bytes,8,opt,name=name,proto3" json:"name,omitempty"`            // kind "other" and "control"
-	Uid           int64                  `protobuf:"varint,9,opt,name=uid,proto3" json:"uid,omitempty"`             // of the caller
-	Processes     []*Process             `protobuf:"bytes,10,rep,name=processes,proto3" json:"processes,omitempty"` // of the caller: who connected, then its parents
+	Addr          []byte                 `protobuf:"bytes,7,opt,name=addr,proto3" json:"addr,omitempty"`                           // forwards and jumps
+	Name          []byte                 `protobuf:"bytes,8,opt,name=name,proto3" json:"name,omitempty"`                           // kind "other" and "control"
+	Uid           int64                  `protobuf:"varint,9,opt,name=uid,proto3" json:"uid,omitempty"`                            // of the caller
+	Processes     []*Process             `protobuf:"bytes,10,rep,name=processes,proto3" json:"processes,omitempty"`                // of the caller: who connected, then its parents
+	LoggedIn      bool                   `protobuf:"varint,11,opt,name=logged_in,json=loggedIn,proto3" json:"logged_in,omitempty"` // who asks has answered what the login of this connection wanted to know
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1198,6 +1207,13 @@ func (x *Use) GetProcesses() []*Process {
 		return x.Processes
 	}
 	return nil
+}
+
+func (x *Use) GetLoggedIn() bool {
+	if x != nil {
+		return x.LoggedIn
+	}
+	return false
 }
 
 type AuthorizeRequest struct {
@@ -1643,17 +1659,17 @@ func (x *RetainResponse) GetUntil() *timestamppb.Timestamp {
 	return nil
 }
 
-// Event is something that happened at a host with a block of the plugin.
+// Event is something that happened at a host with a block of the plugin, or to the whole master.
 type Event struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // "decision", "end", "up", "down"; more may come
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // "decision", "end", "up", "down", "locked", "unlocked", "sleep", "wake"; more may come
 	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`     // joins the records of one use
 	Use           *Use                   `protobuf:"bytes,4,opt,name=use,proto3" json:"use,omitempty"`   // of "decision" and "end"
 	Allowed       bool                   `protobuf:"varint,5,opt,name=allowed,proto3" json:"allowed,omitempty"`
-	By            string                 `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"` // who denied
-	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
-	Result        string                 `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"` // of "end": "ok", "exit", "signal", "cut", "refused", "closed"
+	By            string                 `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`         // who denied
+	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"` // of a denial or of "down", one line
+	Result        string                 `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"` // of "end": "ok", "exit", "signal", "cut", "refused", "closed"; of "down": "closed" here, or "lost"
 	ExitCode      uint32                 `protobuf:"varint,9,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	In            int64                  `protobuf:"varint,10,opt,name=in,proto3" json:"in,omitempty"`
 	Out           int64                  `protobuf:"varint,11,opt,name=out,proto3" json:"out,omitempty"`
@@ -2211,12 +2227,14 @@ func (*CloseResponse) Descriptor() ([]byte, []int) {
 }
 
 type DialRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Connection    uint64                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
-	Network       string                 `protobuf:"bytes,2,opt,name=network,proto3" json:"network,omitempty"` // "tcp" or "unix"
-	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"` // host:port or a path
-	Origin        string                 `protobuf:"bytes,4,opt,name=origin,proto3" json:"origin,omitempty"`   // IP:PORT of whose stream it is; may be ""
-	Data          []byte                 `protobuf:"bytes,5,opt,name=data,proto3" json:"data,omitempty"`       // what was already read from it; at most 64 KiB
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Connection uint64                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	Network    string                 `protobuf:"bytes,2,opt,name=network,proto3" json:"network,omitempty"` // "tcp" or "unix"
+	Address    string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"` // host:port or a path
+	Origin     string                 `protobuf:"bytes,4,opt,name=origin,proto3" json:"origin,omitempty"`   // IP:PORT of whose stream it is; may be ""
+	Data       []byte                 `protobuf:"bytes,5,opt,name=data,proto3" json:"data,omitempty"`       // what was already read from it; at most 64 KiB
+	// The process whose stream it is, as far as the plugin knows: policy and audit see it as the caller. 0: the plugin's own.
+	Pid           int64 `protobuf:"varint,6,opt,name=pid,proto3" json:"pid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2284,6 +2302,13 @@ func (x *DialRequest) GetData() []byte {
 		return x.Data
 	}
 	return nil
+}
+
+func (x *DialRequest) GetPid() int64 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
 }
 
 type DialResponse struct {
@@ -2968,6 +2993,102 @@ func (x *KeptResponse) GetData() []byte {
 	return nil
 }
 
+type RecordRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Event         string                 `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`   // one word: "grant", "listen"
+	Target        string                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"` // what connection it is about: USER@HOST:PORT; may be ""
+	Detail        string                 `protobuf:"bytes,3,opt,name=detail,proto3" json:"detail,omitempty"` // one line
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordRequest) Reset() {
+	*x = RecordRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordRequest) ProtoMessage() {}
+
+func (x *RecordRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordRequest.ProtoReflect.Descriptor instead.
+func (*RecordRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *RecordRequest) GetEvent() string {
+	if x != nil {
+		return x.Event
+	}
+	return ""
+}
+
+func (x *RecordRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *RecordRequest) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+type RecordResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordResponse) Reset() {
+	*x = RecordResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordResponse) ProtoMessage() {}
+
+func (x *RecordResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordResponse.ProtoReflect.Descriptor instead.
+func (*RecordResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
+}
+
 var File_core_plugin_pluginpb_plugin_proto protoreflect.FileDescriptor
 
 const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
@@ -3039,13 +3160,14 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
 	"\x04port\x18\x03 \x01(\rR\x04port\x12\x14\n" +
-	"\x05alias\x18\x04 \x01(\tR\x05alias\"e\n" +
+	"\x05alias\x18\x04 \x01(\tR\x05alias\"{\n" +
 	"\aProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x03R\x03pid\x12\x10\n" +
 	"\x03exe\x18\x02 \x01(\fR\x03exe\x12\x12\n" +
 	"\x04args\x18\x03 \x03(\fR\x04args\x12\x10\n" +
 	"\x03cwd\x18\x04 \x01(\fR\x03cwd\x12\x10\n" +
-	"\x03tty\x18\x05 \x01(\tR\x03tty\"\xac\x02\n" +
+	"\x03tty\x18\x05 \x01(\tR\x03tty\x12\x14\n" +
+	"\x05start\x18\x06 \x01(\x04R\x05start\"\xc9\x02\n" +
 	"\x03Use\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06client\x18\x02 \x01(\x04R\x06client\x122\n" +
@@ -3057,7 +3179,8 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x04name\x18\b \x01(\fR\x04name\x12\x10\n" +
 	"\x03uid\x18\t \x01(\x03R\x03uid\x129\n" +
 	"\tprocesses\x18\n" +
-	" \x03(\v2\x1b.muxproxy.plugin.v1.ProcessR\tprocesses\"c\n" +
+	" \x03(\v2\x1b.muxproxy.plugin.v1.ProcessR\tprocesses\x12\x1b\n" +
+	"\tlogged_in\x18\v \x01(\bR\bloggedIn\"c\n" +
 	"\x10AuthorizeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05block\x18\x02 \x01(\tR\x05block\x12)\n" +
@@ -3135,7 +3258,7 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\n" +
 	"connection\x18\x01 \x01(\x04R\n" +
 	"connection\"\x0f\n" +
-	"\rCloseResponse\"\x8d\x01\n" +
+	"\rCloseResponse\"\x9f\x01\n" +
 	"\vDialRequest\x12\x1e\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\x04R\n" +
@@ -3143,7 +3266,8 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x16\n" +
 	"\x06origin\x18\x04 \x01(\tR\x06origin\x12\x12\n" +
-	"\x04data\x18\x05 \x01(\fR\x04data\"y\n" +
+	"\x04data\x18\x05 \x01(\fR\x04data\x12\x10\n" +
+	"\x03pid\x18\x06 \x01(\x03R\x03pid\"y\n" +
 	"\fDialResponse\x122\n" +
 	"\x06ticket\x18\x01 \x01(\v2\x1a.muxproxy.plugin.v1.TicketR\x06ticket\x125\n" +
 	"\arefusal\x18\x02 \x01(\v2\x1b.muxproxy.plugin.v1.RefusalR\arefusal\"\x18\n" +
@@ -3180,14 +3304,19 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\fKeepResponse\"\r\n" +
 	"\vKeptRequest\"\"\n" +
 	"\fKeptResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\x89\x04\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"U\n" +
+	"\rRecordRequest\x12\x14\n" +
+	"\x05event\x18\x01 \x01(\tR\x05event\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x10\n" +
+	"\x0eRecordResponse2\x89\x04\n" +
 	"\x06Plugin\x12U\n" +
 	"\bDescribe\x12#.muxproxy.plugin.v1.DescribeRequest\x1a$.muxproxy.plugin.v1.DescribeResponse\x12X\n" +
 	"\tConfigure\x12$.muxproxy.plugin.v1.ConfigureRequest\x1a%.muxproxy.plugin.v1.ConfigureResponse\x12Z\n" +
 	"\tAuthorize\x12$.muxproxy.plugin.v1.AuthorizeRequest\x1a%.muxproxy.plugin.v1.AuthorizeResponse0\x01\x12O\n" +
 	"\x06Retain\x12!.muxproxy.plugin.v1.RetainRequest\x1a\".muxproxy.plugin.v1.RetainResponse\x12K\n" +
 	"\aObserve\x12\x19.muxproxy.plugin.v1.Event\x1a#.muxproxy.plugin.v1.ObserveResponse(\x01\x12T\n" +
-	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\xde\x05\n" +
+	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\xaf\x06\n" +
 	"\x04Host\x12^\n" +
 	"\vConnections\x12&.muxproxy.plugin.v1.ConnectionsRequest\x1a'.muxproxy.plugin.v1.ConnectionsResponse\x12R\n" +
 	"\aConnect\x12\".muxproxy.plugin.v1.ConnectRequest\x1a#.muxproxy.plugin.v1.ConnectResponse\x12L\n" +
@@ -3197,7 +3326,8 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x06Decide\x12!.muxproxy.plugin.v1.DecideRequest\x1a\".muxproxy.plugin.v1.DecideResponse\x12O\n" +
 	"\x06Notify\x12!.muxproxy.plugin.v1.NotifyRequest\x1a\".muxproxy.plugin.v1.NotifyResponse\x12I\n" +
 	"\x04Keep\x12\x1f.muxproxy.plugin.v1.KeepRequest\x1a .muxproxy.plugin.v1.KeepResponse\x12I\n" +
-	"\x04Kept\x12\x1f.muxproxy.plugin.v1.KeptRequest\x1a .muxproxy.plugin.v1.KeptResponseB3Z1github.com/muxproxy/muxproxy/core/plugin/pluginpbb\x06proto3"
+	"\x04Kept\x12\x1f.muxproxy.plugin.v1.KeptRequest\x1a .muxproxy.plugin.v1.KeptResponse\x12O\n" +
+	"\x06Record\x12!.muxproxy.plugin.v1.RecordRequest\x1a\".muxproxy.plugin.v1.RecordResponseB3Z1github.com/muxproxy/muxproxy/core/plugin/pluginpbb\x06proto3"
 
 var (
 	file_core_plugin_pluginpb_plugin_proto_rawDescOnce sync.Once
@@ -3212,7 +3342,7 @@ func file_core_plugin_pluginpb_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_core_plugin_pluginpb_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(Block_Kind)(0),               // 0: muxproxy.plugin.v1.Block.Kind
 	(Diagnostic_Severity)(0),      // 1: muxproxy.plugin.v1.Diagnostic.Severity
@@ -3263,7 +3393,9 @@ var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(*KeepResponse)(nil),          // 46: muxproxy.plugin.v1.KeepResponse
 	(*KeptRequest)(nil),           // 47: muxproxy.plugin.v1.KeptRequest
 	(*KeptResponse)(nil),          // 48: muxproxy.plugin.v1.KeptResponse
-	(*timestamppb.Timestamp)(nil), // 49: google.protobuf.Timestamp
+	(*RecordRequest)(nil),         // 49: muxproxy.plugin.v1.RecordRequest
+	(*RecordResponse)(nil),        // 50: muxproxy.plugin.v1.RecordResponse
+	(*timestamppb.Timestamp)(nil), // 51: google.protobuf.Timestamp
 }
 var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	6,  // 0: muxproxy.plugin.v1.DescribeResponse.plugin:type_name -> muxproxy.plugin.v1.Schema
@@ -3284,11 +3416,11 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	20, // 15: muxproxy.plugin.v1.AuthorizeResponse.decision:type_name -> muxproxy.plugin.v1.Decision
 	2,  // 16: muxproxy.plugin.v1.Decision.verdict:type_name -> muxproxy.plugin.v1.Decision.Verdict
 	14, // 17: muxproxy.plugin.v1.Connection.target:type_name -> muxproxy.plugin.v1.Target
-	49, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
+	51, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
 	21, // 19: muxproxy.plugin.v1.RetainRequest.connection:type_name -> muxproxy.plugin.v1.Connection
-	49, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
-	49, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
-	49, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
+	51, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
+	51, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
+	51, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
 	16, // 23: muxproxy.plugin.v1.Event.use:type_name -> muxproxy.plugin.v1.Use
 	21, // 24: muxproxy.plugin.v1.Event.connection:type_name -> muxproxy.plugin.v1.Connection
 	21, // 25: muxproxy.plugin.v1.ConnectionsResponse.connections:type_name -> muxproxy.plugin.v1.Connection
@@ -3313,23 +3445,25 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	43, // 44: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
 	45, // 45: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
 	47, // 46: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
-	4,  // 47: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
-	11, // 48: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
-	18, // 49: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
-	23, // 50: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
-	25, // 51: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
-	27, // 52: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
-	29, // 53: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
-	31, // 54: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
-	33, // 55: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
-	35, // 56: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
-	39, // 57: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
-	42, // 58: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
-	44, // 59: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
-	46, // 60: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
-	48, // 61: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
-	47, // [47:62] is the sub-list for method output_type
-	32, // [32:47] is the sub-list for method input_type
+	49, // 47: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
+	4,  // 48: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
+	11, // 49: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	18, // 50: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
+	23, // 51: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
+	25, // 52: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
+	27, // 53: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
+	29, // 54: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
+	31, // 55: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
+	33, // 56: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
+	35, // 57: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
+	39, // 58: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
+	42, // 59: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
+	44, // 60: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
+	46, // 61: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
+	48, // 62: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
+	50, // 63: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
+	48, // [48:64] is the sub-list for method output_type
+	32, // [32:48] is the sub-list for method input_type
 	32, // [32:32] is the sub-list for extension type_name
 	32, // [32:32] is the sub-list for extension extendee
 	0,  // [0:32] is the sub-list for field type_name
@@ -3364,7 +3498,7 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_plugin_pluginpb_plugin_proto_rawDesc), len(file_core_plugin_pluginpb_plugin_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   46,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -361,6 +361,7 @@ const (
 	Host_Notify_FullMethodName      = "/muxproxy.plugin.v1.Host/Notify"
 	Host_Keep_FullMethodName        = "/muxproxy.plugin.v1.Host/Keep"
 	Host_Kept_FullMethodName        = "/muxproxy.plugin.v1.Host/Kept"
+	Host_Record_FullMethodName      = "/muxproxy.plugin.v1.Host/Record"
 )
 
 // HostClient is the client API for Host service.
@@ -384,6 +385,8 @@ type HostClient interface {
 	// Keep stores up to 64 KiB over restarts, Kept returns what was stored last.
 	Keep(ctx context.Context, in *KeepRequest, opts ...grpc.CallOption) (*KeepResponse, error)
 	Kept(ctx context.Context, in *KeptRequest, opts ...grpc.CallOption) (*KeptResponse, error)
+	// Record adds a line to the audit log in the plugin's name. It needs no capability.
+	Record(ctx context.Context, in *RecordRequest, opts ...grpc.CallOption) (*RecordResponse, error)
 }
 
 type hostClient struct {
@@ -493,6 +496,16 @@ func (c *hostClient) Kept(ctx context.Context, in *KeptRequest, opts ...grpc.Cal
 	return out, nil
 }
 
+func (c *hostClient) Record(ctx context.Context, in *RecordRequest, opts ...grpc.CallOption) (*RecordResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RecordResponse)
+	err := c.cc.Invoke(ctx, Host_Record_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // HostServer is the server API for Host service.
 // All implementations must embed UnimplementedHostServer
 // for forward compatibility.
@@ -514,6 +527,8 @@ type HostServer interface {
 	// Keep stores up to 64 KiB over restarts, Kept returns what was stored last.
 	Keep(context.Context, *KeepRequest) (*KeepResponse, error)
 	Kept(context.Context, *KeptRequest) (*KeptResponse, error)
+	// Record adds a line to the audit log in the plugin's name. It needs no capability.
+	Record(context.Context, *RecordRequest) (*RecordResponse, error)
 	mustEmbedUnimplementedHostServer()
 }
 
@@ -550,6 +565,9 @@ func (UnimplementedHostServer) Keep(context.Context, *KeepRequest) (*KeepRespons
 }
 func (UnimplementedHostServer) Kept(context.Context, *KeptRequest) (*KeptResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Kept not implemented")
+}
+func (UnimplementedHostServer) Record(context.Context, *RecordRequest) (*RecordResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Record not implemented")
 }
 func (UnimplementedHostServer) mustEmbedUnimplementedHostServer() {}
 func (UnimplementedHostServer) testEmbeddedByValue()              {}
@@ -727,6 +745,24 @@ func _Host_Kept_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Host_Record_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RecordRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Record(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Record_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Record(ctx, req.(*RecordRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Host_ServiceDesc is the grpc.ServiceDesc for Host service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -765,6 +801,10 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Kept",
 			Handler:    _Host_Kept_Handler,
+		},
+		{
+			MethodName: "Record",
+			Handler:    _Host_Record_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -129,6 +130,7 @@ type Master struct {
 	running  sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows
+	records []string
 	notices []string
 	kept    []byte
 	tickets map[string]string // to what their stream does: "echo" or "hello"
@@ -292,6 +294,21 @@ func (m *Master) Kept(context.Context, *pluginpb.KeptRequest) (*pluginpb.KeptRes
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return &pluginpb.KeptResponse{Data: m.kept}, nil
+}
+
+// Record implements pluginpb.HostServer.
+func (m *Master) Record(_ context.Context, r *pluginpb.RecordRequest) (*pluginpb.RecordResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.records = append(m.records, strings.TrimSpace(r.GetEvent()+" "+r.GetTarget()+" "+r.GetDetail()))
+	return &pluginpb.RecordResponse{}, nil
+}
+
+// Records returns what the plugin had written to the audit log, a line each.
+func (m *Master) Records() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.records)
 }
 
 // errTime is that something took too long.
