@@ -126,7 +126,7 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 	root.AddCommand(
 		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
-		newSetup(a),
+		newSetup(a), newDoctor(a),
 	)
 	return root
 }

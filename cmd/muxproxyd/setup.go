@@ -261,7 +261,7 @@ func (a *app) setupDone(ctx context.Context, o setup.Options, undone, changed bo
 			file = "-F " + use.Printable(o.Config) + " "
 		}
 		text += fmt.Sprintf(`: ssh -G says that %s goes through muxproxy. Next:
-  ssh %[2]sHOST               twice: the second one needs no login
+  ssh %[2]sHOST               in two terminals: the second needs no login
   muxproxy status             what is shared, and by whom
   muxproxy doctor %[2]sHOST   if something is amiss
   muxproxy setup %[2]s--undo  takes it away again
