@@ -67,7 +67,7 @@ type Master struct {
 	plugins    *pluginhost.Manager
 
 	stop     context.CancelCauseFunc // ends Run
-	ending   chan struct{}           // closed when clients and plugins have ended
+	ending   chan struct{}           // closed when Run is to end
 	draining atomic.Bool
 	locked   atomic.Bool // what the plugins were told of the lock
 
@@ -191,7 +191,8 @@ func (m *Master) run(ctx context.Context) error {
 	m.pool = pool.New(&upstream.Dialer{Log: m.log}, keeper{m.plugins}, m.gate, m.log)
 	defer m.pool.Close()
 	defer m.wg.Wait()
-	defer close(m.ending)
+	end := sync.OnceFunc(func() { close(m.ending) })
+	defer end()
 	defer m.plugins.Close()
 	// Without a policy there is no master: the default would allow what the file denies.
 	if diags, err := m.adopt(ctx, true); err != nil {
@@ -235,6 +236,7 @@ func (m *Master) run(ctx context.Context) error {
 	m.opts.Ready()
 
 	<-ctx.Done()
+	end()
 	m.closeListeners()
 	var cut sync.WaitGroup
 	for _, c := range m.snapshot() {

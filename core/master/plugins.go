@@ -93,8 +93,8 @@ func preparePlugins(ctx context.Context, m *pluginhost.Manager, draft *policy.Sn
 			var err error
 			if spec.Path, err = pluginhost.Find(spec.Name, dirs...); err != nil {
 				text := err.Error()
-				if len(builtIn) > 0 {
-					text += "; built in are " + strings.Join(builtIn, ", ")
+				if near := policy.Near(spec.Name, append([]string{"deny", "lane"}, builtIn...)); near != "" {
+					text = fmt.Sprintf("did you mean %q? %s", near, text)
 				}
 				missing = append(missing, pluginhost.Problem{Plugin: spec.Name, Pos: spec.Pos, Text: text})
 			}
