@@ -6,13 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
-	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -619,36 +616,5 @@ func TestLogFollow(t *testing.T) {
 	cancel()
 	if status := <-done; status != exitYes {
 		t.Errorf("status %d", status)
-	}
-}
-
-func TestAlive(t *testing.T) {
-	if !alive(os.Getpid()) {
-		t.Error("this process is not alive")
-	}
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(exe, "-test.run=^$")
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // the race detector would wait for a second
-	in, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(io.Discard, in); err != nil {
-		t.Fatal(err)
-	}
-	for runtime.GOOS == "linux" && alive(cmd.Process.Pid) { // ends though nobody has waited for the process yet
-		runtime.Gosched()
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Fatal(err)
-	}
-	if alive(cmd.Process.Pid) || alive(0) {
-		t.Error("a process that has ended is alive")
 	}
 }

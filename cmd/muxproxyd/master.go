@@ -196,7 +196,7 @@ func waitForEnd(ctx context.Context, m *control.Master, pid int) error {
 	}
 	t := time.NewTicker(10 * time.Millisecond)
 	defer t.Stop()
-	for alive(pid) {
+	for paths.Alive(pid) {
 		select {
 		case <-t.C:
 		case <-ctx.Done():

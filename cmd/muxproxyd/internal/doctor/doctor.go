@@ -60,7 +60,6 @@ type Options struct {
 
 	// Connect reaches the master; the error wraps bridge.ErrNoMaster if none lives.
 	Connect func(context.Context) (*control.Master, error)
-	Alive   func(pid int) bool
 }
 
 // checks are all there are, in the order in which they are made. Each has at least one result.
@@ -96,17 +95,22 @@ func Names() (names []string) {
 	return names
 }
 
+// attempts is how often the master is asked: one that is about to end still takes connections for a moment.
+const attempts = 3
+
 // Run makes all checks. It changes nothing and starts no master. An error means that ctx has ended.
 func Run(ctx context.Context, o Options) (Report, error) {
 	d := &doctor{Options: o, report: Report{Host: o.Host, State: OK}}
 	d.askSSH(ctx)
-	m, err := o.Connect(ctx)
-	if err == nil {
-		defer m.Disconnect()
-		d.master = m
-		d.status, err = m.Status(ctx)
+	for range attempts {
+		if d.master, d.masterErr = o.Connect(ctx); d.masterErr != nil {
+			break
+		}
+		defer d.master.Disconnect()
+		if d.status, d.masterErr = d.master.Status(ctx); !errors.Is(d.masterErr, control.ErrLost) {
+			break
+		}
 	}
-	d.masterErr = err
 	for _, c := range checks {
 		d.name, d.found = c.name, false
 		c.make(d, ctx)
@@ -126,9 +130,9 @@ type doctor struct {
 	sshErr error               // why
 	leads  bool                // it goes through muxproxy
 
-	master    *control.Master // nil: none, or see masterErr
+	master    *control.Master
 	status    control.Status
-	masterErr error // nil: status is its
+	masterErr error // nil: master lives, and status is its
 }
 
 func (d *doctor) add(s State, text, mend string) {

@@ -29,10 +29,12 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
+// masterPID is of a process that lives.
+var masterPID = os.Getpid()
+
 const (
-	masterPID = 4000
-	deadPID   = 4001
-	someKey   = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEzoMM91qLdYWlrRBSBA7BXSTxl3jvfgxshqce4FVH0K"
+	deadPID = 1 << 30 // more than any kernel has
+	someKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEzoMM91qLdYWlrRBSBA7BXSTxl3jvfgxshqce4FVH0K"
 )
 
 // world is a home directory in which all is well: muxproxy is set up for two names, and a master runs.
@@ -90,7 +92,6 @@ func newWorld(t *testing.T) *world {
 	w.m = &fakeMaster{status: control.Status{Version: "1.2.3", PID: masterPID}}
 	w.o = Options{
 		Dirs: dirs, Getenv: w.getenv, Home: w.home, Config: w.path("config"), SSH: real, Self: w.path("bin/muxproxyd"), Version: "1.2.3",
-		Alive: func(pid int) bool { return pid == masterPID },
 		Connect: func(ctx context.Context) (*control.Master, error) {
 			conn, err := bridge.ConnectTo(ctx, dirs, paths.ControlSocket)
 			if err != nil {
@@ -477,9 +478,9 @@ var cases = []spoiled{
 		"policy", Warning, "config.hcl:2", "muxproxy config check"},
 
 	{"another version", func(w *world) { w.m.status.Version = "1.2.2" },
-		"master", Warning, "pid 4000 is of version 1.2.2, and 1.2.3 is installed", "muxproxy master stop --drain"},
+		"master", Warning, " is of version 1.2.2, and 1.2.3 is installed", "muxproxy master stop --drain"},
 	{"locked", func(w *world) { w.m.status.Lock = use.LockState{Locked: true, By: []string{"person"}} },
-		"master", Warning, "pid 4000 is locked (person)", "muxproxy unlock"},
+		"master", Warning, " is locked (person)", "muxproxy unlock"},
 	{"not to be reached", func(w *world) {
 		w.o.Connect = func(context.Context) (*control.Master, error) {
 			return nil, errors.New("a process of uid 7 listens there")
@@ -488,7 +489,7 @@ var cases = []spoiled{
 
 	{"no CA", func(w *world) { w.remove(w.path(".local/state/muxproxy/known_hosts")) },
 		"known_hosts", Failure, "the CA of the master is not in known_hosts", "muxproxy master stop && muxproxy master start"},
-	{"another's CA", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", "+4000", "+4002") },
+	{"another's CA", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", fmt.Sprint("+", masterPID), "+4002") },
 		"known_hosts", Failure, "{state}/known_hosts has no line of the master that runs", "muxproxy master stop && muxproxy master start"},
 	{"not a CA", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", "@cert-authority *", "*") },
 		"known_hosts", Failure, "has no line of the master that runs", ""},
@@ -532,8 +533,8 @@ var cases = []spoiled{
 	{"line of a dead master", func(w *world) {
 		w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" "+w.mark(deadPID)+"\n")
 	}, "leftovers", Warning, "1 line in {state}/known_hosts; the next master takes them away", "muxproxy master stop && muxproxy master start"},
-	{"notify", func(w *world) { w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/notify.4001", "") },
-		"leftovers", Warning, "{run}/notify.4001", ""},
+	{"notify", func(w *world) { w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/notify.1073741824", "") },
+		"leftovers", Warning, "{run}/notify.1073741824", ""},
 	{"copy of ssh_config", func(w *world) {
 		dir := filepath.Join(os.TempDir(), "muxproxy-config-1")
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -642,7 +643,7 @@ func TestAllIsWell(t *testing.T) {
 		}, []string{"ssh example.com goes through muxproxy", "muxproxy stays beside each ssh"}},
 		"idle ControlPath": {func(w *world) { w.prepend("config", "ControlPath "+w.path("cm")+"\n") }, []string{"and nobody listens there"}},
 		"other hosts": {func(w *world) {
-			w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" elsewhere+4001\n# a comment\n")
+			w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" elsewhere+1073741824\n# a comment\n")
 		}, []string{"nothing is left"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -678,7 +679,7 @@ func TestAllIsWell(t *testing.T) {
 // What a master that was killed leaves: its line, its sockets and the link to them.
 func TestDeadMaster(t *testing.T) {
 	w := newWorld(t)
-	w.replace(".local/state/muxproxy/known_hosts", "+4000", "+4001")
+	w.replace(".local/state/muxproxy/known_hosts", fmt.Sprint("+", masterPID), fmt.Sprint("+", deadPID))
 	listen(t, filepath.Join(w.o.Dirs.Runtime, paths.MuxSocket))
 	if err := w.o.Dirs.Publish(w.o.Dirs.Runtime); err != nil {
 		t.Fatal(err)

@@ -189,7 +189,7 @@ func (d *doctor) leftovers(context.Context) {
 	for line := range strings.Lines(string(text)) {
 		mark := line[strings.LastIndexByte(strings.TrimSpace(line), ' ')+1:]
 		name, number, ok := strings.Cut(strings.TrimSpace(mark), "+")
-		if pid, err := strconv.Atoi(number); ok && err == nil && name == host && !d.Alive(pid) {
+		if pid, err := strconv.Atoi(number); ok && err == nil && name == host && !paths.Alive(pid) {
 			dead++
 		}
 	}
@@ -213,7 +213,7 @@ func (d *doctor) leftovers(context.Context) {
 	}
 	notify, _ := filepath.Glob(filepath.Join(d.Dirs.Run, "notify.*")) // the pattern is well formed but for odd folders
 	for _, path := range notify {
-		if pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(path), "notify.")); err == nil && !d.Alive(pid) {
+		if pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(path), "notify.")); err == nil && !paths.Alive(pid) {
 			add(path, true)
 		}
 	}
