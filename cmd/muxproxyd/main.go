@@ -97,9 +97,9 @@ func newRoot(a *app) *cobra.Command {
 		Long: `muxproxy shares SSH connections between ssh, scp, sftp, rsync, git and whatever
 else runs ssh.
 
-ssh itself starts it as ProxyCommand; see the README for the lines that
-~/.ssh/config needs. MUXPROXY_BYPASS=1 in the environment goes without it.`,
-		Example:       "  muxproxy status\n  muxproxy close db.example.com",
+ssh itself starts it as ProxyCommand, once "muxproxy setup" has led it here.
+MUXPROXY_BYPASS=1 in the environment goes without it.`,
+		Example:       "  muxproxy setup\n  muxproxy doctor db.example.com\n  muxproxy status",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.ArbitraryArgs,
