@@ -178,15 +178,14 @@ func runMasterStop(ctx context.Context, a *app, drain bool) error {
 		if err != nil {
 			return err
 		}
-		// A master that goes at once may be gone before it has answered.
-		if err := m.Stop(ctx, drain); err != nil && !(errors.Is(err, control.ErrLost) && !drain) {
-			return err
-		}
 		if drain {
+			if err := m.Stop(ctx, true); err != nil {
+				return err
+			}
 			_, err := fmt.Fprintf(a.stdout, "the master, pid %d, ends with its last client\n", s.PID)
 			return err
 		}
-		if err := waitForEnd(ctx, m, s.PID); err != nil {
+		if err := stopNow(ctx, m, s.PID); err != nil {
 			return err
 		}
 		_, err = fmt.Fprintf(a.stdout, "the master, pid %d, has ended\n", s.PID)
@@ -221,6 +220,15 @@ func runMasterRestart(ctx context.Context, a *app) error {
 	return err
 }
 
+// stopNow ends a master and returns when its process has ended.
+func stopNow(ctx context.Context, m *control.Master, pid int) error {
+	// A master that goes at once may be gone before it has answered.
+	if err := m.Stop(ctx, false); err != nil && !errors.Is(err, control.ErrLost) {
+		return err
+	}
+	return waitForEnd(ctx, m, pid)
+}
+
 // waitForEnd returns when the master has closed the connection and its process has ended, so that a new one can start.
 func waitForEnd(ctx context.Context, m *control.Master, pid int) error {
 	ctx, cancel := context.WithTimeout(ctx, stopTime)
@@ -238,7 +246,7 @@ func waitForEnd(ctx context.Context, m *control.Master, pid int) error {
 	}
 	t := time.NewTicker(10 * time.Millisecond)
 	defer t.Stop()
-	for alive(pid) {
+	for paths.Alive(pid) {
 		select {
 		case <-t.C:
 		case <-ctx.Done():
