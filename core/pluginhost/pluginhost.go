@@ -275,6 +275,9 @@ func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []
 	m.mu.Lock()
 	m.current = s
 	m.mu.Unlock()
+	for _, p := range s.plugins {
+		p.tellPolicy()
+	}
 	if old != nil {
 		stopAll(old.plugins, s)
 	}
