@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -77,6 +78,14 @@ func (s *supervised) tellPolicy() {
 	if d := s.description(); d != nil && d.hook("observe") && s.has(plugin.CanObserve) {
 		s.events.add(eventToPB(Event{Time: time.Now(), Kind: "policy"}))
 	}
+}
+
+// Observed reports whether there is a plugin that Observe tells anything.
+func (m *Manager) Observed() bool {
+	return slices.ContainsFunc(m.set().plugins, func(p *supervised) bool {
+		d := p.description()
+		return d != nil && d.hook("observe") && p.has(plugin.CanObserve)
+	})
 }
 
 // events are what waits for one plugin. An event is shared by plugins, and not changed.
