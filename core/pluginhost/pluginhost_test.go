@@ -146,6 +146,7 @@ func (w *world) run(specs []Plugin, blocks ...Block) {
 	if problems := set.Apply(w.t.Context(), blocks, lookupOf(blocks), specs, false); len(problems) > 0 {
 		w.t.Fatal(problems)
 	}
+	w.m.InForce()
 }
 
 func target(host string) use.Target { return use.Target{User: "u", Host: host, Port: 22} }
