@@ -129,7 +129,9 @@ func fill(v reflect.Value) {
 			return
 		}
 		for i := range v.NumField() {
-			fill(v.Field(i))
+			if v.Type().Field(i).Tag.Get("json") != "-" { // of a caller, what is nobody's to see
+				fill(v.Field(i))
+			}
 		}
 	case reflect.Slice:
 		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
@@ -143,7 +145,6 @@ func fill(v reflect.Value) {
 		v.SetInt(1 << 40)
 	case reflect.Uint64:
 		v.SetUint(1 << 63)
-	case reflect.Map: // a caller's environment, which is nobody's to see
 	default:
 		panic(v.Type().String())
 	}

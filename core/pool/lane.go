@@ -304,6 +304,7 @@ func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
 		u.keepSpareLocked()
 		// Those who waited for it may have left.
 		u.idle++
+		u.left = time.Now()
 		idle := u.idle
 		p.wg.Go(func() { u.release(idle) })
 	} else {
