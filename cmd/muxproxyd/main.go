@@ -123,7 +123,7 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.AddCommand(
-		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
+		newStatus(a), newConnect(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
 	)
 	return root

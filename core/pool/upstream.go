@@ -42,7 +42,7 @@ type upstream struct {
 	reason   error     // why we closed it, for its clients
 	idle     uint64    // counts the times that the last client left; a decision about an older idle is void
 	left     time.Time // when it did
-	kept     time.Time // what the Retainer said after that; zero: nothing yet
+	kept     time.Time // until when, as the Retainer said after that; zero: nothing yet
 
 	fwd forwards
 }
@@ -242,11 +242,11 @@ func (u *upstream) release(idle uint64) {
 			until := u.pool.retainer.Retain(ctx, info)
 			cancel()
 			u.pool.mu.Lock()
-			if u.idle == idle {
-				u.kept = until
+			wait = time.Until(until)
+			if u.kept = until; u.idle != idle || wait <= 0 {
+				u.kept = time.Time{}
 			}
 			u.pool.mu.Unlock()
-			wait = time.Until(until)
 		}
 		if wait <= 0 {
 			break
