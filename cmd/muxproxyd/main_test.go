@@ -6,13 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
-	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -36,6 +33,7 @@ type world struct {
 	env   map[string]string
 	dirs  paths.Dirs
 	stdin string
+	exe   string
 }
 
 func newWorld(t *testing.T) *world {
@@ -86,7 +84,8 @@ func (w *world) serve(b *fakeMaster) (stop func()) {
 func (w *world) run(args ...string) (status int, stdout, stderr string) {
 	w.t.Helper()
 	var out, errOut bytes.Buffer
-	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon }}
+	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon },
+		exe: w.exe}
 	status = run(w.t.Context(), a, args)
 	return status, out.String(), errOut.String()
 }
@@ -140,6 +139,7 @@ func (f *fakeMaster) Stop(_ context.Context, _ use.Caller, drain bool) error {
 	}
 	return err
 }
+func (f *fakeMaster) Restart(context.Context, use.Caller) (int, error) { return 77, f.call("restart") }
 func (f *fakeMaster) Reload(context.Context, use.Caller, bool) (control.Reloaded, error) {
 	return f.reloaded, f.call("reload")
 }
@@ -196,6 +196,12 @@ func busy() control.Status {
 				Clients: 1, Channels: 1, In: 1 << 50, Out: 1023, Sessions: 100, MaxSessions: 100},
 			{ID: 13, Target: "bob@[2001:db8::1]:22", Lane: "interactive", State: "dialling", Since: noon.Add(time.Second)},
 			{ID: 14, Target: "git@h:22", Lane: "agent", State: "up", Since: noon, Suspect: true},
+			{ID: 15, Target: "git@h:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(3 * time.Minute),
+				KeptUntil: noon.Add(7 * time.Minute)},
+			{ID: 16, Target: "me@kept:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Minute),
+				KeptUntil: noon.Add(30 * time.Hour)},
+			{ID: 17, Target: "me@ever:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Second),
+				KeptUntil: time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)},
 		},
 		Clients: []control.Client{
 			{ID: 7, Target: "alice@db.example.com:22", Alias: "db", Upstream: 1, Mode: "fds", Since: ago(3 * time.Minute),
@@ -617,36 +623,5 @@ func TestLogFollow(t *testing.T) {
 	cancel()
 	if status := <-done; status != exitYes {
 		t.Errorf("status %d", status)
-	}
-}
-
-func TestAlive(t *testing.T) {
-	if !alive(os.Getpid()) {
-		t.Error("this process is not alive")
-	}
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(exe, "-test.run=^$")
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // the race detector would wait for a second
-	in, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(io.Discard, in); err != nil {
-		t.Fatal(err)
-	}
-	for runtime.GOOS == "linux" && alive(cmd.Process.Pid) { // ends though nobody has waited for the process yet
-		runtime.Gosched()
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Fatal(err)
-	}
-	if alive(cmd.Process.Pid) || alive(0) {
-		t.Error("a process that has ended is alive")
 	}
 }

@@ -55,6 +55,7 @@ type client struct {
 	batch     bool          // BatchMode: its person is never asked
 	verbose   bool          // ssh -v
 	forwarded string        // identity of the agent that it would forward
+	answered  atomic.Bool   // its person has answered a question of the login
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -70,8 +71,8 @@ type client struct {
 // serve is a client's whole life. It owns nc.
 func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	defer nc.Close()
-	m.serving.Add(1)
-	defer m.serving.Add(-1)
+	m.begin()
+	defer m.end()
 	c := &client{
 		id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now(), handshake: local.NewHandshake(),
 	}
@@ -98,7 +99,9 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 		}
 	}()
 	if errors.Is(err, wire.ErrVersion) {
-		c.answer(wire.Failed, fmt.Sprintf("the master is of another version (%s); end it with: muxproxy master stop", m.opts.Version))
+		c.answer(wire.Failed, fmt.Sprintf(
+			"this muxproxy speaks version %d of the protocol and the master, muxproxy %s, version %d: if the master is the older one, "+
+				"run `muxproxy master restart`, else update this one", hello.Version, m.opts.Version, wire.Version))
 		return
 	}
 	if err != nil {
@@ -173,7 +176,7 @@ func (c *client) caller() use.Caller {
 		c.envNames = names
 	}
 	who := c.who
-	who.Env = c.env
+	who.Env, who.LoggedIn = c.env, c.answered.Load()
 	return who
 }
 
@@ -234,6 +237,7 @@ func (c *client) resolve() (pool.Spec, *agent, bool) {
 	r := resolution{res.Config, res.AgentPath, res.Hops}
 	c.master.configs.put(c.hello, via, r)
 	spec, ag := c.spec(&r, conn)
+	c.master.agents.note(&r, spec.Target)
 	return spec, ag, c.agrees(spec.Target, via)
 }
 
@@ -512,6 +516,9 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 	}
 	if err == nil && !c.hasTerminal() && !slices.ContainsFunc(answers, func(a string) bool { return a != "" }) {
 		return nil, pool.ErrNobody // ssh without a terminal answers "" at once, every time
+	}
+	if err == nil {
+		c.answered.Store(true)
 	}
 	return answers, err
 }

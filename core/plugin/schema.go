@@ -19,8 +19,8 @@ var durationType = reflect.TypeFor[time.Duration]()
 // slice of structs: one for each block of that name). Other fields are left alone. Attributes are strings, bools, whole
 // or floating numbers, time.Durations (written "90s", "10m"), slices of these but for the last, and maps from string to
 // them. More tags: `default` (text of a string or duration, JSON of all else; makes it optional), `doc`, `format`
-// ("clock", "duration", "path", "sha256"), `words` (what a string may be, separated by commas, besides what its format allows;
-// `words:""` allows the empty one), `sensitive:"true"`.
+// ("clock", "path", "sha256"), `words` (what a string may be, besides what its format allows, separated by commas; `words:""`
+// is the empty string), `sensitive:"true"`.
 func Schema(v any) (*pluginpb.Schema, error) {
 	if v == nil {
 		return nil, nil
