@@ -260,12 +260,16 @@ func (a *app) setupDone(ctx context.Context, o setup.Options, undone, changed bo
 		if o.Config != "" {
 			file = "-F " + use.Printable(o.Config) + " "
 		}
-		text += fmt.Sprintf(`: ssh -G says that %s goes through muxproxy. Next:
-  ssh %[2]sHOST               in two terminals: the second needs no login
-  muxproxy status             what is shared, and by whom
-  muxproxy doctor %[2]sHOST   if something is amiss
-  muxproxy setup %[2]s--undo  takes it away again
-`, use.Printable(host), file)
+		text += fmt.Sprintf(": ssh -G says that %s goes through muxproxy. Next:\n", use.Printable(host))
+		next := [][2]string{
+			{"ssh " + file + "HOST", "in two terminals: the second needs no login"},
+			{"muxproxy status", "what is shared, and by whom"},
+			{"muxproxy doctor " + file + "HOST", "if something is amiss"},
+			{"muxproxy setup " + file + "--undo", "takes it away again"},
+		}
+		for _, n := range next {
+			text += fmt.Sprintf("  %-*s  %s\n", len(next[3][0]), n[0], n[1])
+		}
 	}
 	_, err := io.WriteString(a.stdout, text)
 	return err

@@ -254,7 +254,10 @@ func (m *Master) drain() {
 }
 
 // HostKeys implements control.Backend.
-func (m *Master) HostKeys() (plain, ca []string) {
+func (m *Master) HostKeys(made bool) (plain, ca []string) {
+	if made {
+		return m.authority.Made()
+	}
 	plain, ca, err := m.authority.Keys()
 	if err != nil {
 		m.log.Error().Err(err).Msg("local host keys")
