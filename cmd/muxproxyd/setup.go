@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -77,6 +78,10 @@ func runSetup(ctx context.Context, a *app, f setupFlags) error {
 	}
 	var plan *setup.Plan
 	if f.undo {
+		if systemdListens(ctx) {
+			return errors.New("systemd listens for the master and would start it again; " +
+				"first `systemctl --user disable --now muxproxy.socket`")
+		}
 		m, err := a.connect(ctx)
 		switch {
 		case err == nil:
@@ -194,6 +199,16 @@ func (a *app) program() (string, error) {
 		return named, nil
 	}
 	return program, nil
+}
+
+// systemctlTime bounds a question to systemd.
+const systemctlTime = 5 * time.Second
+
+// systemdListens reports whether the user's systemd holds the sockets.
+func systemdListens(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, systemctlTime)
+	defer cancel()
+	return exec.CommandContext(ctx, "systemctl", "--user", "--quiet", "is-active", "muxproxy.socket").Run() == nil
 }
 
 // running is what undoing has to know of the master, and do with it.

@@ -143,7 +143,7 @@ func existing(dir string) string {
 
 // knownHosts looks for the living master's CAs in the file that ssh reads.
 func (d *doctor) knownHosts(ctx context.Context) {
-	const restart = "muxproxy master stop && muxproxy master start"
+	const restart = "muxproxy master restart"
 	path := filepath.Join(d.Dirs.State, paths.KnownHosts)
 	if d.masterErr != nil {
 		d.ok("the next master writes its CA into %s", path)
@@ -207,7 +207,7 @@ func (d *doctor) leftovers(context.Context) {
 		slices.Sort(sockets)
 		for _, dir := range slices.Compact(sockets) {
 			for _, name := range []string{paths.MuxSocket, paths.ControlSocket, paths.StreamSocket} {
-				if path := filepath.Join(dir, name); isSocket(path) {
+				if path := filepath.Join(dir, name); isSocket(path) && !listening(path) {
 					add(path, dir == d.Dirs.Runtime)
 				}
 			}
@@ -233,7 +233,7 @@ func (d *doctor) leftovers(context.Context) {
 	case swept && d.noMaster():
 		d.warn("muxproxy master start", "left by what was killed: %s; the next master takes them away", strings.Join(list, ", "))
 	case swept:
-		d.warn("muxproxy master stop && muxproxy master start", "left by what was killed: %s; the next master takes them away",
+		d.warn("muxproxy master restart", "left by what was killed: %s; the next master takes them away",
 			strings.Join(list, ", "))
 	default:
 		var mend []string
