@@ -152,7 +152,7 @@ func (f *fakeMaster) Unlock(_ context.Context, _ use.Caller, passphrase []byte) 
 	}
 	return f.left, f.call("unlock " + string(passphrase))
 }
-func (f *fakeMaster) HostKeys() (plain, ca []string) {
+func (f *fakeMaster) HostKeys(bool) (plain, ca []string) {
 	return []string{plainKey}, []string{caKey}
 }
 func (f *fakeMaster) Dump() string { return "goroutine 1:\n\tmain.main()\x1b\n" }
