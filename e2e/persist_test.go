@@ -79,7 +79,8 @@ func TestAKeptConnectionHoldsNothingOfItsFirstClient(t *testing.T) {
 		want(t, w.ssh("box", "true"), 0, "")
 		w.kept()
 		for _, c := range []struct{ line, out string }{
-			{`"$@" box 'echo out; echo err >&2' 2>&1 | cat`, "out\nerr\n"},
+			{`"$@" box 'echo out; exit 3' 2>&1 | cat`, "out\n"},
+			{`"$@" box 'echo err >&2' 2>&1 | cat`, "err\n"},
 			{`echo in | "$@" box cat | cat`, "in\n"},
 			{`"$@" -f box 'sleep 0.3; echo later' 2>&1 | cat`, "later\n"},
 			{`"$@" -f box true 2>&1 | cat`, ""},
