@@ -9,7 +9,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -301,9 +300,9 @@ func TestConnect(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		for pid, args := range processes() {
-			if strings.Contains(strings.Join(args, " "), "LocalCommand=") {
+			if line := strings.Join(args, " "); strings.Contains(line, "LocalCommand=") && strings.Contains(line, w.dir) {
 				t.Errorf("left behind: %d %q", pid, args)
-				syscall.Kill(pid, syscall.SIGKILL)
+				kill9(pid)
 			}
 		}
 	})
