@@ -442,7 +442,7 @@ func TestWithSchemas(t *testing.T) {
 			t.Errorf("%s covers %s: %v", c.plugin, c.t, got)
 		}
 	}
-	if s, diags := draft.WithSchemas(map[string]Schema{"mine": {}}); s != nil || !strings.Contains(diags.Error(), "anything") {
+	if s, diags := draft.WithSchemas(map[string]Schema{"mine": {}}); s != nil || !strings.Contains(diags.Errors().Error(), "anything") {
 		t.Errorf("%v", diags)
 	}
 }
