@@ -615,7 +615,3 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		eventually(t, "the plugin is there, and judges", func() bool { return w.ssh("box", "true").status == 0 })
 	})
 }
-
-// A client that comes while a plugin has a login made is asked what the login needs, as if it had been the first.
-func TestAPluginsLoginIsNoClients(t *testing.T) {
-}
