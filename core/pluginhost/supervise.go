@@ -99,7 +99,10 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	if err := checkFile(s.spec); err != nil {
+	s.mu.Lock()
+	spec := s.spec
+	s.mu.Unlock()
+	if err := checkFile(spec); err != nil {
 		return nil, nil, err
 	}
 	inst := &instance{since: time.Now(), host: &hostService{p: s}}
