@@ -659,6 +659,7 @@ func TestAllIsWell(t *testing.T) {
 			w.remove(w.path(".config/muxproxy/ssh_config"))
 			w.write("config", "Host *\n  ProxyCommand "+w.path("bin/muxproxy")+" %r@%h:%p\n  GlobalKnownHostsFile "+w.o.Dirs.State+"/known_hosts\n")
 		}, []string{"ssh example.com goes through muxproxy", "muxproxy stays beside each ssh"}},
+		"no bypass":        {func(w *world) { w.env["MUXPROXY_BYPASS"] = "0" }, nil},
 		"idle ControlPath": {func(w *world) { w.prepend("config", "ControlPath "+w.path("cm")+"\n") }, []string{"and nobody listens there"}},
 		"other hosts": {func(w *world) {
 			w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" elsewhere+1073741824\n# a comment\n")
