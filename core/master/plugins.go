@@ -19,6 +19,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/pluginhost"
 	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/session"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -48,7 +49,7 @@ func (m *Master) adopt(ctx context.Context, first bool) (policy.Diagnostics, err
 	for _, plugin := range s.Plugins() {
 		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
 		for _, b := range s.Blocks(plugin.Name) {
-			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Value: b.Value})
+			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Pos: b.Pos, Value: b.Value})
 		}
 	}
 	if first { // a configured plugin may act at once
@@ -276,8 +277,13 @@ func (m *Master) lockChanged() {
 	}
 }
 
-// sleep tells the plugins when the machine goes to sleep and wakes; it is a session.Locker.
+// sleep tells the plugins when the machine goes to sleep and wakes.
 type sleep struct{ m *pluginhost.Manager }
+
+var _ interface {
+	session.Locker
+	session.Waker
+} = sleep{}
 
 func (s sleep) LockSession(by string) error {
 	if by == use.LockedBySleep {
@@ -286,12 +292,9 @@ func (s sleep) LockSession(by string) error {
 	return nil
 }
 
-func (s sleep) UnlockSession(by ...string) error {
-	if slices.Contains(by, use.LockedBySleep) {
-		s.m.Observe(pluginhost.Event{Time: time.Now(), Kind: "wake"})
-	}
-	return nil
-}
+func (s sleep) UnlockSession(...string) error { return nil }
+
+func (s sleep) Awake() { s.m.Observe(pluginhost.Event{Time: time.Now(), Kind: "wake"}) }
 
 var _ control.PluginBackend = (*Master)(nil)
 

@@ -42,6 +42,7 @@ type Block struct {
 	ID     string // never used again for another one while the master lives; "": the `plugin` block
 	Plugin string
 	Hosts  []string  // the labels of the host block that it is in
+	Pos    string    // file:line
 	Value  cty.Value // an object
 }
 

@@ -316,7 +316,7 @@ func (s *supervised) commit(specs []Plugin) {
 	s.mu.Lock()
 	for _, p := range specs {
 		if p.Name == s.spec.Name {
-			s.spec = p
+			s.spec.May, s.spec.AllowOnFailure, s.spec.Pos = p.May, p.AllowOnFailure, p.Pos // the rest is read without mu
 		}
 	}
 	s.blocks, s.next = s.next, nil
