@@ -252,12 +252,8 @@ func (h *hostService) Decide(_ context.Context, r *pluginpb.DecideRequest) (*plu
 	if err := h.may(plugin.CanDecide); err != nil {
 		return nil, err
 	}
-	var d *use.Denied
-	switch r.GetDecision().GetVerdict() {
-	case pluginpb.Decision_VERDICT_ALLOW, pluginpb.Decision_VERDICT_NO_OPINION:
-	case pluginpb.Decision_VERDICT_DENY:
-		d = h.p.decided(r.GetDecision())
-	default:
+	d, ok := h.p.decided(r.GetDecision())
+	if !ok {
 		return nil, status.Error(codes.InvalidArgument, "a decision that is none")
 	}
 	if err := h.p.m.decideOwn(h.p.spec.Name, r.GetId(), d); err != nil {
