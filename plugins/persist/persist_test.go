@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -18,7 +19,14 @@ import (
 	"github.com/muxproxy/muxproxy/core/plugin"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// The test binary plays the plugin.
+func TestMain(m *testing.M) {
+	if os.Getenv(plugin.CookieKey) != "" || os.Getenv("PLAY_PLUGIN") != "" {
+		plugin.Serve(New())
+	}
+	// The one that starts processes lives as long as the program.
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/muxproxy/muxproxy/core/plugin/pluginrun.init.func1.1"))
+}
 
 // fake is a master in memory. Its blocks are by the target's host or alias; connections come up and go as the tests say.
 type fake struct {
