@@ -984,3 +984,33 @@ func TestNewcomersDontJoinAClosedDial(t *testing.T) {
 		})
 	}
 }
+
+// A login that is made for a plugin, which can't ask anybody, may fail for want of what a client's person would have given:
+// the client that waited for it gets one of its own.
+func TestASilentLoginIsNoClients(t *testing.T) {
+	f := &farm{person: true, hold: make(chan struct{}), refuse: errNeedsPerson}
+	p := New(f, CloseAtOnce{}, use.NewGate(nil), zerolog.Nop())
+	defer p.Close()
+	silent := spec("alice")
+	silent.Silent = true
+	var both sync.WaitGroup
+	both.Go(func() {
+		if l, err := p.Acquire(t.Context(), permit(t, use.Attach), silent, noAsker{}); err == nil {
+			t.Error("a silent login that needs a person")
+			l.Release()
+		}
+	})
+	waiting := func(n int) {
+		for list := p.List(); len(list) != 1 || list[0].Clients != n; list = p.List() {
+			time.Sleep(time.Millisecond) // polling: joining has no event
+		}
+	}
+	waiting(1)
+	both.Go(func() { acquireAs(t, p, spec("alice"), yes).Release() })
+	waiting(2)
+	close(f.hold)
+	both.Wait()
+	if n := f.dials(); n != 2 {
+		t.Errorf("%d dials", n)
+	}
+}
