@@ -171,7 +171,11 @@ func (p *persist) run(ctx context.Context, s *series) {
 			continue
 		}
 		if !wall().Before(until) {
-			p.record("give-up", s.target, fmt.Sprintf("the connection would not be kept any more; last: %v", last))
+			why := "the connection would not be kept any more"
+			if last != nil {
+				why += "; last: " + last.Error()
+			}
+			p.record("give-up", s.target, why)
 			return
 		}
 		c, err := p.try(ctx, s)
@@ -184,7 +188,8 @@ func (p *persist) run(ctx context.Context, s *series) {
 			if s.prewarm {
 				how = "made in advance"
 			}
-			p.record("connect", c.Target.String(), fmt.Sprintf("%s, %s after %s", label(c.ID), how, time.Since(began).Round(time.Millisecond)))
+			took := time.Since(began).Round(time.Millisecond)
+			p.record("connect", c.Target.String(), fmt.Sprintf("%s, %s after %s", label(c.ID), how, took))
 			return
 		case refused, errors.Is(err, errUnwanted), s.prewarm && !s.rule.reconnect && !errors.Is(err, plugin.ErrDenied):
 			p.record("give-up", s.target, err.Error())
