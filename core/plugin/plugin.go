@@ -119,6 +119,9 @@ type Block struct {
 	Hosts []string
 }
 
+// ID names the block for Host.Resolve.
+func (b Block) ID() string { return b.id }
+
 // Target is what a client asked for.
 type Target struct {
 	User, Host string // an IPv6 address has no brackets

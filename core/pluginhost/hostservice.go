@@ -105,6 +105,24 @@ func (h *hostService) Connections(context.Context, *pluginpb.ConnectionsRequest)
 	return out, nil
 }
 
+func (h *hostService) Resolve(ctx context.Context, r *pluginpb.ResolveRequest) (*pluginpb.ResolveResponse, error) {
+	if err := h.may(plugin.CanConnect); err != nil {
+		return nil, err
+	}
+	t, err := h.p.m.o.Backend.Resolve(ctx, r.GetTarget())
+	if err != nil {
+		return nil, failed(err)
+	}
+	if err := h.covers(t); err != nil {
+		return nil, err
+	}
+	block, denied := h.p.m.set().lookup.Block(h.p.spec.Name, use.Use{Target: t})
+	if denied != nil {
+		return nil, failed(denied)
+	}
+	return &pluginpb.ResolveResponse{Target: targetToPB(t), Block: block}, nil
+}
+
 func (h *hostService) Connect(ctx context.Context, r *pluginpb.ConnectRequest) (*pluginpb.ConnectResponse, error) {
 	if err := h.may(plugin.CanConnect); err != nil {
 		return nil, err

@@ -12,8 +12,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -28,6 +28,7 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -292,6 +293,9 @@ func TestHostService(t *testing.T) {
 		need   string // capability
 	}{
 		{[]string{"list"}, 0, "1 u@h:22\n", "", "list"},
+		{[]string{"resolve", "h"}, 0, "u@h:22 can/h\n", "", "connect"},
+		{[]string{"resolve", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
+		{[]string{"resolve", "unknown"}, 255, "no such host\n", "", "connect"},
 		{[]string{"connect", "h"}, 0, "1\n", "connect u@h:22", "connect"},
 		{[]string{"connect", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
 		{[]string{"connect", "unknown"}, 255, "no such host\n", "", "connect"},
@@ -304,8 +308,10 @@ func TestHostService(t *testing.T) {
 		{[]string{"dial", "1", "refused:1"}, 255, `refused by the server: connect failed\x1b` + "\n", "", "dial"},
 		{[]string{"dial", "1", "denied:1"}, 1, "denied: denied by policy: no\n", "", "dial"},
 		{[]string{"dial", "2", "echo:1"}, 1, "denied: u@foreign:22 has no block of can\n", "", "dial"},
-		{[]string{"handover", "1", "echo:1"}, 0, "first second", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover", "1", "echo:1"}, 0, "open: first second (in 12, out 12)", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover-not", "1", "echo:1"}, 255, "not today\n", "dial 1 tcp echo:1", "dial"},
 		{[]string{"listen", "1", "localhost:0"}, 0, "127.0.0.1:4444\n192.0.2.1:99\n", "listen 1 tcp localhost:0", "listen"},
+		{[]string{"offer", "1", "localhost:0"}, 0, "192.0.2.1:99\nover there (in 0, out 10)", "listen 1 tcp localhost:0", "listen"},
 		{[]string{"listen", "2", "localhost:0"}, 1, "denied: u@foreign:22 has no block of can\n", "", "listen"},
 		{[]string{"kept"}, 0, "", "", "keep"},
 		{[]string{"keep", "this"}, 0, "", "", "keep"},
@@ -318,7 +324,7 @@ func TestHostService(t *testing.T) {
 			w.backend.mu.Unlock()
 			for _, name := range []string{"can", "built-in"} {
 				status, out := w.command(name, c.args...)
-				if want := strings.ReplaceAll(c.want, "of can", "of "+name); status != c.status || out != want {
+				if want := strings.NewReplacer("of can", "of "+name, "can/", name+"/").Replace(c.want); status != c.status || out != want {
 					t.Errorf("%s: status %d, %q", name, status, out)
 				}
 			}
@@ -410,7 +416,7 @@ func TestTickets(t *testing.T) {
 	if _, out := w.command("a", "spend", w.m.streams.path, id); out != refused {
 		t.Errorf("a second time: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, strings.Repeat("00", ticketSize)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.path, strings.Repeat("00", pluginrun.TicketSize)); out != refused {
 		t.Errorf("a guess: %s", out)
 	}
 	w.m.o.Timing.Ticket = time.Millisecond

@@ -2058,6 +2058,102 @@ func (x *ConnectionsResponse) GetConnections() []*Connection {
 	return nil
 }
 
+type ResolveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"` // as in ConnectRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResolveRequest) Reset() {
+	*x = ResolveRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResolveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResolveRequest) ProtoMessage() {}
+
+func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
+func (*ResolveRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ResolveRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+type ResolveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Target        *Target                `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
+	Block         string                 `protobuf:"bytes,2,opt,name=block,proto3" json:"block,omitempty"` // id of the plugin's block that holds for it; "": the host has some, but the "when" of none is true
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResolveResponse) Reset() {
+	*x = ResolveResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResolveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResolveResponse) ProtoMessage() {}
+
+func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResolveResponse.ProtoReflect.Descriptor instead.
+func (*ResolveResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ResolveResponse) GetTarget() *Target {
+	if x != nil {
+		return x.Target
+	}
+	return nil
+}
+
+func (x *ResolveResponse) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
 type ConnectRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"` // HOST, USER@HOST or USER@HOST:PORT, as ssh would be told
@@ -2067,7 +2163,7 @@ type ConnectRequest struct {
 
 func (x *ConnectRequest) Reset() {
 	*x = ConnectRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2079,7 +2175,7 @@ func (x *ConnectRequest) String() string {
 func (*ConnectRequest) ProtoMessage() {}
 
 func (x *ConnectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2092,7 +2188,7 @@ func (x *ConnectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectRequest.ProtoReflect.Descriptor instead.
 func (*ConnectRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{27}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ConnectRequest) GetTarget() string {
@@ -2111,7 +2207,7 @@ type ConnectResponse struct {
 
 func (x *ConnectResponse) Reset() {
 	*x = ConnectResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2123,7 +2219,7 @@ func (x *ConnectResponse) String() string {
 func (*ConnectResponse) ProtoMessage() {}
 
 func (x *ConnectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2136,7 +2232,7 @@ func (x *ConnectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConnectResponse.ProtoReflect.Descriptor instead.
 func (*ConnectResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{28}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ConnectResponse) GetConnection() *Connection {
@@ -2155,7 +2251,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2167,7 +2263,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2180,7 +2276,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{29}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CloseRequest) GetConnection() uint64 {
@@ -2198,7 +2294,7 @@ type CloseResponse struct {
 
 func (x *CloseResponse) Reset() {
 	*x = CloseResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2210,7 +2306,7 @@ func (x *CloseResponse) String() string {
 func (*CloseResponse) ProtoMessage() {}
 
 func (x *CloseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2223,7 +2319,7 @@ func (x *CloseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseResponse.ProtoReflect.Descriptor instead.
 func (*CloseResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{30}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{32}
 }
 
 type DialRequest struct {
@@ -2241,7 +2337,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +2349,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +2362,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{31}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DialRequest) GetConnection() uint64 {
@@ -2321,7 +2417,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2429,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2442,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{32}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DialResponse) GetTicket() *Ticket {
@@ -2365,7 +2461,9 @@ func (x *DialResponse) GetRefusal() *Refusal {
 
 // Ticket is spent by connecting to the stream socket and sending its 16 bytes, with at most one connected stream socket as
 // SCM_RIGHTS. One byte answers: 0, or another one followed by a line of text. After 0 the connection is the stream; if a
-// socket came along, that one is, and the connection only stays open for as long as the stream does.
+// socket came along, that one is. Then the connection stays open for as long as the stream does and says what that has
+// carried: two unsigned 64-bit numbers in network byte order, of bytes towards the remote host and of bytes from it. They
+// come again while they grow, a second apart, and at the end; without those of the end the master has ended before.
 type Ticket struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2375,7 +2473,7 @@ type Ticket struct {
 
 func (x *Ticket) Reset() {
 	*x = Ticket{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2387,7 +2485,7 @@ func (x *Ticket) String() string {
 func (*Ticket) ProtoMessage() {}
 
 func (x *Ticket) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2400,7 +2498,7 @@ func (x *Ticket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ticket.ProtoReflect.Descriptor instead.
 func (*Ticket) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{33}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Ticket) GetId() []byte {
@@ -2421,7 +2519,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2433,7 +2531,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2446,7 +2544,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{34}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Refusal) GetReason() uint32 {
@@ -2474,7 +2572,7 @@ type ListenRequest struct {
 
 func (x *ListenRequest) Reset() {
 	*x = ListenRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2584,7 @@ func (x *ListenRequest) String() string {
 func (*ListenRequest) ProtoMessage() {}
 
 func (x *ListenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2597,7 @@ func (x *ListenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListenRequest.ProtoReflect.Descriptor instead.
 func (*ListenRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{35}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListenRequest) GetConnection() uint64 {
@@ -2536,7 +2634,7 @@ type ListenResponse struct {
 
 func (x *ListenResponse) Reset() {
 	*x = ListenResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2548,7 +2646,7 @@ func (x *ListenResponse) String() string {
 func (*ListenResponse) ProtoMessage() {}
 
 func (x *ListenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2561,7 +2659,7 @@ func (x *ListenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListenResponse.ProtoReflect.Descriptor instead.
 func (*ListenResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{36}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListenResponse) GetEvent() isListenResponse_Event {
@@ -2615,7 +2713,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2725,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2738,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{37}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Accepted) GetTicket() *Ticket {
@@ -2667,7 +2765,7 @@ type DecideRequest struct {
 
 func (x *DecideRequest) Reset() {
 	*x = DecideRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2679,7 +2777,7 @@ func (x *DecideRequest) String() string {
 func (*DecideRequest) ProtoMessage() {}
 
 func (x *DecideRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2692,7 +2790,7 @@ func (x *DecideRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
 func (*DecideRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{38}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *DecideRequest) GetId() string {
@@ -2717,7 +2815,7 @@ type DecideResponse struct {
 
 func (x *DecideResponse) Reset() {
 	*x = DecideResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2729,7 +2827,7 @@ func (x *DecideResponse) String() string {
 func (*DecideResponse) ProtoMessage() {}
 
 func (x *DecideResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2742,7 +2840,7 @@ func (x *DecideResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideResponse.ProtoReflect.Descriptor instead.
 func (*DecideResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{39}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{41}
 }
 
 type NotifyRequest struct {
@@ -2755,7 +2853,7 @@ type NotifyRequest struct {
 
 func (x *NotifyRequest) Reset() {
 	*x = NotifyRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2767,7 +2865,7 @@ func (x *NotifyRequest) String() string {
 func (*NotifyRequest) ProtoMessage() {}
 
 func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2780,7 +2878,7 @@ func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyRequest.ProtoReflect.Descriptor instead.
 func (*NotifyRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{40}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *NotifyRequest) GetConnection() uint64 {
@@ -2805,7 +2903,7 @@ type NotifyResponse struct {
 
 func (x *NotifyResponse) Reset() {
 	*x = NotifyResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2817,7 +2915,7 @@ func (x *NotifyResponse) String() string {
 func (*NotifyResponse) ProtoMessage() {}
 
 func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2830,7 +2928,7 @@ func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyResponse.ProtoReflect.Descriptor instead.
 func (*NotifyResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{41}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
 }
 
 type KeepRequest struct {
@@ -2842,7 +2940,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2854,7 +2952,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2867,7 +2965,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *KeepRequest) GetData() []byte {
@@ -2885,7 +2983,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +2995,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +3008,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
 }
 
 type KeptRequest struct {
@@ -2921,7 +3019,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2933,7 +3031,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2946,7 +3044,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
 }
 
 type KeptResponse struct {
@@ -2958,7 +3056,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3068,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3081,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *KeptResponse) GetData() []byte {
@@ -3004,7 +3102,7 @@ type RecordRequest struct {
 
 func (x *RecordRequest) Reset() {
 	*x = RecordRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3016,7 +3114,7 @@ func (x *RecordRequest) String() string {
 func (*RecordRequest) ProtoMessage() {}
 
 func (x *RecordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3029,7 +3127,7 @@ func (x *RecordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordRequest.ProtoReflect.Descriptor instead.
 func (*RecordRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RecordRequest) GetEvent() string {
@@ -3061,7 +3159,7 @@ type RecordResponse struct {
 
 func (x *RecordResponse) Reset() {
 	*x = RecordResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3073,7 +3171,7 @@ func (x *RecordResponse) String() string {
 func (*RecordResponse) ProtoMessage() {}
 
 func (x *RecordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3086,7 +3184,7 @@ func (x *RecordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordResponse.ProtoReflect.Descriptor instead.
 func (*RecordResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{49}
 }
 
 var File_core_plugin_pluginpb_plugin_proto protoreflect.FileDescriptor
@@ -3248,6 +3346,11 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x12ConnectionsRequest\"W\n" +
 	"\x13ConnectionsResponse\x12@\n" +
 	"\vconnections\x18\x01 \x03(\v2\x1e.muxproxy.plugin.v1.ConnectionR\vconnections\"(\n" +
+	"\x0eResolveRequest\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\"[\n" +
+	"\x0fResolveResponse\x122\n" +
+	"\x06target\x18\x01 \x01(\v2\x1a.muxproxy.plugin.v1.TargetR\x06target\x12\x14\n" +
+	"\x05block\x18\x02 \x01(\tR\x05block\"(\n" +
 	"\x0eConnectRequest\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\"Q\n" +
 	"\x0fConnectResponse\x12>\n" +
@@ -3316,9 +3419,10 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\tAuthorize\x12$.muxproxy.plugin.v1.AuthorizeRequest\x1a%.muxproxy.plugin.v1.AuthorizeResponse0\x01\x12O\n" +
 	"\x06Retain\x12!.muxproxy.plugin.v1.RetainRequest\x1a\".muxproxy.plugin.v1.RetainResponse\x12K\n" +
 	"\aObserve\x12\x19.muxproxy.plugin.v1.Event\x1a#.muxproxy.plugin.v1.ObserveResponse(\x01\x12T\n" +
-	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\xaf\x06\n" +
+	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\x83\a\n" +
 	"\x04Host\x12^\n" +
 	"\vConnections\x12&.muxproxy.plugin.v1.ConnectionsRequest\x1a'.muxproxy.plugin.v1.ConnectionsResponse\x12R\n" +
+	"\aResolve\x12\".muxproxy.plugin.v1.ResolveRequest\x1a#.muxproxy.plugin.v1.ResolveResponse\x12R\n" +
 	"\aConnect\x12\".muxproxy.plugin.v1.ConnectRequest\x1a#.muxproxy.plugin.v1.ConnectResponse\x12L\n" +
 	"\x05Close\x12 .muxproxy.plugin.v1.CloseRequest\x1a!.muxproxy.plugin.v1.CloseResponse\x12I\n" +
 	"\x04Dial\x12\x1f.muxproxy.plugin.v1.DialRequest\x1a .muxproxy.plugin.v1.DialResponse\x12Q\n" +
@@ -3342,7 +3446,7 @@ func file_core_plugin_pluginpb_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_core_plugin_pluginpb_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(Block_Kind)(0),               // 0: muxproxy.plugin.v1.Block.Kind
 	(Diagnostic_Severity)(0),      // 1: muxproxy.plugin.v1.Diagnostic.Severity
@@ -3374,28 +3478,30 @@ var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(*CommandResponse)(nil),       // 27: muxproxy.plugin.v1.CommandResponse
 	(*ConnectionsRequest)(nil),    // 28: muxproxy.plugin.v1.ConnectionsRequest
 	(*ConnectionsResponse)(nil),   // 29: muxproxy.plugin.v1.ConnectionsResponse
-	(*ConnectRequest)(nil),        // 30: muxproxy.plugin.v1.ConnectRequest
-	(*ConnectResponse)(nil),       // 31: muxproxy.plugin.v1.ConnectResponse
-	(*CloseRequest)(nil),          // 32: muxproxy.plugin.v1.CloseRequest
-	(*CloseResponse)(nil),         // 33: muxproxy.plugin.v1.CloseResponse
-	(*DialRequest)(nil),           // 34: muxproxy.plugin.v1.DialRequest
-	(*DialResponse)(nil),          // 35: muxproxy.plugin.v1.DialResponse
-	(*Ticket)(nil),                // 36: muxproxy.plugin.v1.Ticket
-	(*Refusal)(nil),               // 37: muxproxy.plugin.v1.Refusal
-	(*ListenRequest)(nil),         // 38: muxproxy.plugin.v1.ListenRequest
-	(*ListenResponse)(nil),        // 39: muxproxy.plugin.v1.ListenResponse
-	(*Accepted)(nil),              // 40: muxproxy.plugin.v1.Accepted
-	(*DecideRequest)(nil),         // 41: muxproxy.plugin.v1.DecideRequest
-	(*DecideResponse)(nil),        // 42: muxproxy.plugin.v1.DecideResponse
-	(*NotifyRequest)(nil),         // 43: muxproxy.plugin.v1.NotifyRequest
-	(*NotifyResponse)(nil),        // 44: muxproxy.plugin.v1.NotifyResponse
-	(*KeepRequest)(nil),           // 45: muxproxy.plugin.v1.KeepRequest
-	(*KeepResponse)(nil),          // 46: muxproxy.plugin.v1.KeepResponse
-	(*KeptRequest)(nil),           // 47: muxproxy.plugin.v1.KeptRequest
-	(*KeptResponse)(nil),          // 48: muxproxy.plugin.v1.KeptResponse
-	(*RecordRequest)(nil),         // 49: muxproxy.plugin.v1.RecordRequest
-	(*RecordResponse)(nil),        // 50: muxproxy.plugin.v1.RecordResponse
-	(*timestamppb.Timestamp)(nil), // 51: google.protobuf.Timestamp
+	(*ResolveRequest)(nil),        // 30: muxproxy.plugin.v1.ResolveRequest
+	(*ResolveResponse)(nil),       // 31: muxproxy.plugin.v1.ResolveResponse
+	(*ConnectRequest)(nil),        // 32: muxproxy.plugin.v1.ConnectRequest
+	(*ConnectResponse)(nil),       // 33: muxproxy.plugin.v1.ConnectResponse
+	(*CloseRequest)(nil),          // 34: muxproxy.plugin.v1.CloseRequest
+	(*CloseResponse)(nil),         // 35: muxproxy.plugin.v1.CloseResponse
+	(*DialRequest)(nil),           // 36: muxproxy.plugin.v1.DialRequest
+	(*DialResponse)(nil),          // 37: muxproxy.plugin.v1.DialResponse
+	(*Ticket)(nil),                // 38: muxproxy.plugin.v1.Ticket
+	(*Refusal)(nil),               // 39: muxproxy.plugin.v1.Refusal
+	(*ListenRequest)(nil),         // 40: muxproxy.plugin.v1.ListenRequest
+	(*ListenResponse)(nil),        // 41: muxproxy.plugin.v1.ListenResponse
+	(*Accepted)(nil),              // 42: muxproxy.plugin.v1.Accepted
+	(*DecideRequest)(nil),         // 43: muxproxy.plugin.v1.DecideRequest
+	(*DecideResponse)(nil),        // 44: muxproxy.plugin.v1.DecideResponse
+	(*NotifyRequest)(nil),         // 45: muxproxy.plugin.v1.NotifyRequest
+	(*NotifyResponse)(nil),        // 46: muxproxy.plugin.v1.NotifyResponse
+	(*KeepRequest)(nil),           // 47: muxproxy.plugin.v1.KeepRequest
+	(*KeepResponse)(nil),          // 48: muxproxy.plugin.v1.KeepResponse
+	(*KeptRequest)(nil),           // 49: muxproxy.plugin.v1.KeptRequest
+	(*KeptResponse)(nil),          // 50: muxproxy.plugin.v1.KeptResponse
+	(*RecordRequest)(nil),         // 51: muxproxy.plugin.v1.RecordRequest
+	(*RecordResponse)(nil),        // 52: muxproxy.plugin.v1.RecordResponse
+	(*timestamppb.Timestamp)(nil), // 53: google.protobuf.Timestamp
 }
 var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	6,  // 0: muxproxy.plugin.v1.DescribeResponse.plugin:type_name -> muxproxy.plugin.v1.Schema
@@ -3416,57 +3522,60 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	20, // 15: muxproxy.plugin.v1.AuthorizeResponse.decision:type_name -> muxproxy.plugin.v1.Decision
 	2,  // 16: muxproxy.plugin.v1.Decision.verdict:type_name -> muxproxy.plugin.v1.Decision.Verdict
 	14, // 17: muxproxy.plugin.v1.Connection.target:type_name -> muxproxy.plugin.v1.Target
-	51, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
+	53, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
 	21, // 19: muxproxy.plugin.v1.RetainRequest.connection:type_name -> muxproxy.plugin.v1.Connection
-	51, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
-	51, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
-	51, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
+	53, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
+	53, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
+	53, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
 	16, // 23: muxproxy.plugin.v1.Event.use:type_name -> muxproxy.plugin.v1.Use
 	21, // 24: muxproxy.plugin.v1.Event.connection:type_name -> muxproxy.plugin.v1.Connection
 	21, // 25: muxproxy.plugin.v1.ConnectionsResponse.connections:type_name -> muxproxy.plugin.v1.Connection
-	21, // 26: muxproxy.plugin.v1.ConnectResponse.connection:type_name -> muxproxy.plugin.v1.Connection
-	36, // 27: muxproxy.plugin.v1.DialResponse.ticket:type_name -> muxproxy.plugin.v1.Ticket
-	37, // 28: muxproxy.plugin.v1.DialResponse.refusal:type_name -> muxproxy.plugin.v1.Refusal
-	40, // 29: muxproxy.plugin.v1.ListenResponse.accepted:type_name -> muxproxy.plugin.v1.Accepted
-	36, // 30: muxproxy.plugin.v1.Accepted.ticket:type_name -> muxproxy.plugin.v1.Ticket
-	20, // 31: muxproxy.plugin.v1.DecideRequest.decision:type_name -> muxproxy.plugin.v1.Decision
-	3,  // 32: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
-	9,  // 33: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
-	17, // 34: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
-	22, // 35: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
-	24, // 36: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
-	26, // 37: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
-	28, // 38: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
-	30, // 39: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
-	32, // 40: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
-	34, // 41: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
-	38, // 42: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
-	41, // 43: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
-	43, // 44: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
-	45, // 45: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
-	47, // 46: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
-	49, // 47: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
-	4,  // 48: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
-	11, // 49: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
-	18, // 50: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
-	23, // 51: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
-	25, // 52: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
-	27, // 53: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
-	29, // 54: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
-	31, // 55: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
-	33, // 56: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
-	35, // 57: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
-	39, // 58: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
-	42, // 59: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
-	44, // 60: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
-	46, // 61: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
-	48, // 62: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
-	50, // 63: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
-	48, // [48:64] is the sub-list for method output_type
-	32, // [32:48] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	14, // 26: muxproxy.plugin.v1.ResolveResponse.target:type_name -> muxproxy.plugin.v1.Target
+	21, // 27: muxproxy.plugin.v1.ConnectResponse.connection:type_name -> muxproxy.plugin.v1.Connection
+	38, // 28: muxproxy.plugin.v1.DialResponse.ticket:type_name -> muxproxy.plugin.v1.Ticket
+	39, // 29: muxproxy.plugin.v1.DialResponse.refusal:type_name -> muxproxy.plugin.v1.Refusal
+	42, // 30: muxproxy.plugin.v1.ListenResponse.accepted:type_name -> muxproxy.plugin.v1.Accepted
+	38, // 31: muxproxy.plugin.v1.Accepted.ticket:type_name -> muxproxy.plugin.v1.Ticket
+	20, // 32: muxproxy.plugin.v1.DecideRequest.decision:type_name -> muxproxy.plugin.v1.Decision
+	3,  // 33: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
+	9,  // 34: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
+	17, // 35: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
+	22, // 36: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
+	24, // 37: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
+	26, // 38: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
+	28, // 39: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
+	30, // 40: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
+	32, // 41: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
+	34, // 42: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
+	36, // 43: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
+	40, // 44: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
+	43, // 45: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
+	45, // 46: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
+	47, // 47: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
+	49, // 48: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
+	51, // 49: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
+	4,  // 50: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
+	11, // 51: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	18, // 52: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
+	23, // 53: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
+	25, // 54: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
+	27, // 55: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
+	29, // 56: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
+	31, // 57: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
+	33, // 58: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
+	35, // 59: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
+	37, // 60: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
+	41, // 61: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
+	44, // 62: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
+	46, // 63: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
+	48, // 64: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
+	50, // 65: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
+	52, // 66: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
+	50, // [50:67] is the sub-list for method output_type
+	33, // [33:50] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_core_plugin_pluginpb_plugin_proto_init() }
@@ -3488,7 +3597,7 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 		(*CommandResponse_Stderr)(nil),
 		(*CommandResponse_Status)(nil),
 	}
-	file_core_plugin_pluginpb_plugin_proto_msgTypes[36].OneofWrappers = []any{
+	file_core_plugin_pluginpb_plugin_proto_msgTypes[38].OneofWrappers = []any{
 		(*ListenResponse_Address)(nil),
 		(*ListenResponse_Accepted)(nil),
 	}
@@ -3498,7 +3607,7 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_plugin_pluginpb_plugin_proto_rawDesc), len(file_core_plugin_pluginpb_plugin_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   48,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -353,6 +353,7 @@ var Plugin_ServiceDesc = grpc.ServiceDesc{
 
 const (
 	Host_Connections_FullMethodName = "/muxproxy.plugin.v1.Host/Connections"
+	Host_Resolve_FullMethodName     = "/muxproxy.plugin.v1.Host/Resolve"
 	Host_Connect_FullMethodName     = "/muxproxy.plugin.v1.Host/Connect"
 	Host_Close_FullMethodName       = "/muxproxy.plugin.v1.Host/Close"
 	Host_Dial_FullMethodName        = "/muxproxy.plugin.v1.Host/Dial"
@@ -372,6 +373,8 @@ const (
 // the policy gives with `may`, and reaches only hosts that have a block of the plugin. Without: PERMISSION_DENIED.
 type HostClient interface {
 	Connections(ctx context.Context, in *ConnectionsRequest, opts ...grpc.CallOption) (*ConnectionsResponse, error)
+	// Resolve says what a target means, and which block holds for it. It connects to nothing.
+	Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error)
 	Connect(ctx context.Context, in *ConnectRequest, opts ...grpc.CallOption) (*ConnectResponse, error)
 	Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error)
 	// Dial opens a stream from the remote host. The ticket is good for one connection to the stream socket, for 10 s, and
@@ -401,6 +404,16 @@ func (c *hostClient) Connections(ctx context.Context, in *ConnectionsRequest, op
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ConnectionsResponse)
 	err := c.cc.Invoke(ctx, Host_Connections_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResolveResponse)
+	err := c.cc.Invoke(ctx, Host_Resolve_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -514,6 +527,8 @@ func (c *hostClient) Record(ctx context.Context, in *RecordRequest, opts ...grpc
 // the policy gives with `may`, and reaches only hosts that have a block of the plugin. Without: PERMISSION_DENIED.
 type HostServer interface {
 	Connections(context.Context, *ConnectionsRequest) (*ConnectionsResponse, error)
+	// Resolve says what a target means, and which block holds for it. It connects to nothing.
+	Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error)
 	Connect(context.Context, *ConnectRequest) (*ConnectResponse, error)
 	Close(context.Context, *CloseRequest) (*CloseResponse, error)
 	// Dial opens a stream from the remote host. The ticket is good for one connection to the stream socket, for 10 s, and
@@ -541,6 +556,9 @@ type UnimplementedHostServer struct{}
 
 func (UnimplementedHostServer) Connections(context.Context, *ConnectionsRequest) (*ConnectionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Connections not implemented")
+}
+func (UnimplementedHostServer) Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Resolve not implemented")
 }
 func (UnimplementedHostServer) Connect(context.Context, *ConnectRequest) (*ConnectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Connect not implemented")
@@ -604,6 +622,24 @@ func _Host_Connections_Handler(srv interface{}, ctx context.Context, dec func(in
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostServer).Connections(ctx, req.(*ConnectionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Resolve_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResolveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Resolve(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Resolve_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Resolve(ctx, req.(*ResolveRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -773,6 +809,10 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Connections",
 			Handler:    _Host_Connections_Handler,
+		},
+		{
+			MethodName: "Resolve",
+			Handler:    _Host_Resolve_Handler,
 		},
 		{
 			MethodName: "Connect",
