@@ -22,6 +22,8 @@ var cases = []benchCase{
 	{"git", "git fetch of a small repository at 50 ms", gitFetch},
 	{"rsync", "rsync of many small files at 20 ms", rsyncSmall},
 	{"echo", "typing beside a download, an upload and an scp at 20 Mbit/s and 40 ms", echo},
+	{"judged", "what a plugin that is asked adds to a shared command", judged},
+	{"dialled", "a plugin's stream through a connection, each way, beside ssh -L", dialled},
 	{"atonce", "many ssh at once, where the server allows 10 sessions per connection", atOnce},
 	{"memory", "memory of master and bridge, by number of clients", memory},
 	{"growth", "time and memory per client, with few and with many", growth},

@@ -120,7 +120,7 @@ func runMaster(ctx context.Context, a *app) error {
 	if err == nil {
 		err = master.Run(ctx, master.Options{
 			Dirs: dirs, Log: log, Version: readVersion().Version, Getenv: a.getenv,
-			Ready: func() { notify(true, daemon.SdNotifyReady) }, LogLevel: level, Hangup: hangup,
+			Ready: func() { notify(true, daemon.SdNotifyReady) }, LogLevel: level, Hangup: hangup, BuiltIn: builtInNames(),
 		})
 	}
 	if err != nil {

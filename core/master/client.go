@@ -53,6 +53,7 @@ type client struct {
 	batch     bool          // BatchMode: its person is never asked
 	verbose   bool          // ssh -v
 	forwarded string        // identity of the agent that it would forward
+	answered  atomic.Bool   // its person has answered a question of the login
 	upstream  atomic.Uint64 // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
@@ -171,7 +172,7 @@ func (c *client) caller() use.Caller {
 		c.envNames = names
 	}
 	who := c.who
-	who.Env = c.env
+	who.Env, who.LoggedIn = c.env, c.answered.Load()
 	return who
 }
 
@@ -232,6 +233,7 @@ func (c *client) resolve() (pool.Spec, *agent, bool) {
 	r := resolution{res.Config, res.AgentPath, res.Hops}
 	c.master.configs.put(c.hello, via, r)
 	spec, ag := c.spec(&r, conn)
+	c.master.agents.note(&r, spec.Target)
 	return spec, ag, c.agrees(spec.Target, via)
 }
 
@@ -504,6 +506,9 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 	}
 	if err == nil && !c.hasTerminal() && !slices.ContainsFunc(answers, func(a string) bool { return a != "" }) {
 		return nil, pool.ErrNobody // ssh without a terminal answers "" at once, every time
+	}
+	if err == nil {
+		c.answered.Store(true)
 	}
 	return answers, err
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/control"
 	"github.com/muxproxy/muxproxy/core/local"
 	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/pluginhost"
 	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/upstream"
 	"github.com/muxproxy/muxproxy/core/use"
@@ -43,6 +44,8 @@ type Options struct {
 	// LogLevel is told what policy says of the log, at the start and whenever it changes: "trace", "debug", "info",
 	// "warn" or "error". nil: the log stays as it is.
 	LogLevel func(string)
+	// BuiltIn are the plugins that this program is itself when it is started as "plugin NAME".
+	BuiltIn []string
 	// Hangup asks to read the policy file again (SIGHUP); nil: nobody does.
 	Hangup <-chan os.Signal
 }
@@ -60,9 +63,13 @@ type Master struct {
 	gate       use.Gate
 	pool       *pool.Pool
 	configs    configs
+	agents     lastAgents
+	plugins    *pluginhost.Manager
 
 	stop     context.CancelCauseFunc // ends Run
+	ending   chan struct{}           // closed when Run is to end
 	draining atomic.Bool
+	locked   atomic.Bool // what the plugins were told of the lock
 
 	lastClient atomic.Uint64
 	serving    atomic.Int64   // clients, those that have not said hello yet too
@@ -97,6 +104,7 @@ func Run(ctx context.Context, opts Options) error {
 	defer stop(nil)
 	m := &Master{
 		opts: opts, log: opts.Log, since: time.Now(), stop: stop, living: lock, clients: map[uint64]*client{},
+		ending:     make(chan struct{}),
 		socketDir:  opts.Dirs.Runtime,
 		knownHosts: knownHosts{path: filepath.Join(opts.Dirs.State, paths.KnownHosts), host: host, pid: os.Getpid()},
 	}
@@ -149,9 +157,6 @@ func (m *Master) giveUp() {
 
 func (m *Master) run(ctx context.Context) error {
 	m.policy.init(m.opts.Getenv, m.opts.Dirs.Config)
-	if err := m.readPolicy(); err != nil {
-		return err
-	}
 	var err error
 	m.audit, err = use.OpenAudit(use.AuditOptions{
 		Path: filepath.Join(m.opts.Dirs.State, paths.AuditLog),
@@ -167,9 +172,13 @@ func (m *Master) run(ctx context.Context) error {
 	if err != nil {
 		m.log.Error().Err(err).Msg("lock")
 	}
-	m.lock.OnChange(func() { poke(m.policy.opened) })
-	m.apply()
-	m.gate = m.lock.NewGate(m.audit, use.ByPolicy(m.policy.lookup), m.policy.withoutPlugins)
+	m.plugins = pluginhost.New(pluginhost.Options{
+		Dir: m.opts.Dirs.Runtime, State: m.opts.Dirs.State, Env: pluginhost.Environment(m.opts.Getenv), Backend: backend{m},
+		Log: m.log,
+	})
+	m.locked.Store(m.lock.State().Locked)
+	m.lock.OnChange(m.lockChanged)
+	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, use.ByPolicy(m.policy.lookup), m.plugins.Check)
 	m.authority, err = local.NewAuthority(m.knownHosts.add)
 	if err != nil {
 		return fmt.Errorf("the local host keys: %w", err)
@@ -179,10 +188,20 @@ func (m *Master) run(ctx context.Context) error {
 			m.log.Warn().Err(err).Msg("can't take the local CA out of known_hosts")
 		}
 	}()
-	m.pool = pool.New(&upstream.Dialer{Log: m.log}, pool.CloseAtOnce{}, m.gate, m.log)
+	m.pool = pool.New(&upstream.Dialer{Log: m.log}, keeper{m.plugins}, m.gate, m.log)
 	defer m.pool.Close()
-
 	defer m.wg.Wait()
+	end := sync.OnceFunc(func() { close(m.ending) })
+	defer end()
+	defer m.plugins.Close()
+	// Without a policy there is no master: the default would allow what the file denies.
+	if diags, err := m.adopt(ctx, true); err != nil {
+		if diags == nil {
+			return err
+		}
+		return fmt.Errorf("%w; `muxproxy config check` shows all of it", err)
+	}
+
 	var wg sync.WaitGroup // what listens
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -217,6 +236,7 @@ func (m *Master) run(ctx context.Context) error {
 	m.opts.Ready()
 
 	<-ctx.Done()
+	end()
 	m.closeListeners()
 	var cut sync.WaitGroup
 	for _, c := range m.snapshot() {

@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -54,6 +55,14 @@ func (m *Manager) Observe(e Event) {
 		}
 		p.events.add(wire)
 	}
+}
+
+// Observed reports whether there is a plugin that Observe tells anything.
+func (m *Manager) Observed() bool {
+	return slices.ContainsFunc(m.set().plugins, func(p *supervised) bool {
+		d := p.description()
+		return d != nil && d.hook("observe") && p.has(plugin.CanObserve)
+	})
 }
 
 // events are what waits for one plugin. An event is shared by plugins, and not changed.

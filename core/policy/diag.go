@@ -246,7 +246,7 @@ func (r *report) warnf(rng hcl.Range, format string, args ...any) {
 func (r *report) unknown(rng hcl.Range, known []string, format string, args ...any) {
 	message := fmt.Sprintf(format, args...)
 	given := string(rng.SliceBytes(r.src))
-	if name := near(strings.Trim(given, `".`), known); name != "" {
+	if name := Near(strings.Trim(given, `".`), known); name != "" {
 		message += fmt.Sprintf("; did you mean %q?", name)
 	}
 	r.add(Error, rng, strings.Join(known, ", "), message)
@@ -314,8 +314,8 @@ func (r *report) done() Diagnostics {
 	})
 }
 
-// near returns the known name that is most like given, or "".
-func near(given string, known []string) string {
+// Near returns the known name that is most like given, or "".
+func Near(given string, known []string) string {
 	best, least := "", 3
 	for _, name := range known {
 		// Of a short word nearly every other one is two changes away.

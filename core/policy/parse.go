@@ -306,6 +306,7 @@ func (p *parser) parseHost(block *hclsyntax.Block) {
 
 	names := []string{"deny", "lane"}
 	names = append(names, slices.Sorted(maps.Keys(p.s.opts.Schemas))...)
+	names = append(names, p.s.opts.Others...)
 	for _, plugin := range p.s.plugins {
 		if !slices.Contains(names, plugin.Name) {
 			names = append(names, plugin.Name)
@@ -317,7 +318,7 @@ func (p *parser) parseHost(block *hclsyntax.Block) {
 	}
 	if p.s.opts.Schemas == nil { // any other name may be a plugin's, but not one that denies nothing for a slip of the pen
 		for _, b := range block.Body.Blocks {
-			slip := near(b.Type, []string{"deny", "lane"}) != ""
+			slip := Near(b.Type, []string{"deny", "lane"}) != ""
 			if namePattern.MatchString(b.Type) && !reserved(b.Type) && !slices.Contains(names, b.Type) && !slip {
 				body.Blocks = append(body.Blocks, Nested{Type: b.Type})
 			}
