@@ -343,10 +343,16 @@ func (m *Master) Decide(ctx context.Context, by use.Caller, id string, allow boo
 
 // RunPlugin implements control.PluginBackend.
 func (m *Master) RunPlugin(ctx context.Context, by use.Caller, plugin string, args []string, stdout, stderr io.Writer) (int, error) {
-	if _, ok := m.plugins.Verbs()[plugin]; !ok {
+	verbs, ok := m.plugins.Verbs()[plugin]
+	if !ok {
 		return 0, control.ErrNoCommand
 	}
-	p, err := m.permit(ctx, by, plugin, strings.Join(args, " "), use.Target{})
+	// A plugin with several commands has them judged apart: "forward remove" goes on when "forward add" does not.
+	name, rest := plugin, args
+	if len(args) > 0 && slices.ContainsFunc(verbs, func(v pluginhost.Verb) bool { return strings.HasPrefix(v.Usage+" ", args[0]+" ") }) {
+		name, rest = plugin+" "+args[0], args[1:]
+	}
+	p, err := m.permit(ctx, by, name, strings.Join(rest, " "), use.Target{})
 	if err != nil {
 		return 0, err
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -84,6 +85,8 @@ func failed(err error) error {
 		return nil
 	case errors.As(err, &denied):
 		code = codes.PermissionDenied
+	case errors.Is(err, pool.ErrGone):
+		code = codes.NotFound
 	case errors.Is(err, context.Canceled):
 		code = codes.Canceled
 	case errors.Is(err, context.DeadlineExceeded):
