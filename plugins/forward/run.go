@@ -440,7 +440,7 @@ func (f *forward) listenRemote(ctx context.Context) (l *plugin.Listener, err err
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%s can't listen on %s: %w", f.host, f.spec.listen, err)
+		return nil, fmt.Errorf("%s: %w", f.host, err) // the master's line has the address
 	}
 	return l, nil
 }
