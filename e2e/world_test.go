@@ -347,6 +347,7 @@ func (w *world) stopMaster() {
 type status struct {
 	PID       int    `json:"pid"`
 	Sockets   string `json:"sockets"`
+	Draining  bool   `json:"draining"`
 	Upstreams []struct {
 		ID       uint64 `json:"id"`
 		Target   string `json:"target"`

@@ -6,13 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
-	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -36,6 +33,7 @@ type world struct {
 	env   map[string]string
 	dirs  paths.Dirs
 	stdin string
+	exe   string
 }
 
 func newWorld(t *testing.T) *world {
@@ -86,7 +84,8 @@ func (w *world) serve(b *fakeMaster) (stop func()) {
 func (w *world) run(args ...string) (status int, stdout, stderr string) {
 	w.t.Helper()
 	var out, errOut bytes.Buffer
-	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon }}
+	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon },
+		exe: w.exe}
 	status = run(w.t.Context(), a, args)
 	return status, out.String(), errOut.String()
 }
@@ -140,6 +139,7 @@ func (f *fakeMaster) Stop(_ context.Context, _ use.Caller, drain bool) error {
 	}
 	return err
 }
+func (f *fakeMaster) Restart(context.Context, use.Caller) (int, error) { return 77, f.call("restart") }
 func (f *fakeMaster) Reload(context.Context, use.Caller, bool) (control.Reloaded, error) {
 	return f.reloaded, f.call("reload")
 }
@@ -617,36 +617,5 @@ func TestLogFollow(t *testing.T) {
 	cancel()
 	if status := <-done; status != exitYes {
 		t.Errorf("status %d", status)
-	}
-}
-
-func TestAlive(t *testing.T) {
-	if !alive(os.Getpid()) {
-		t.Error("this process is not alive")
-	}
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(exe, "-test.run=^$")
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // the race detector would wait for a second
-	in, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(io.Discard, in); err != nil {
-		t.Fatal(err)
-	}
-	for runtime.GOOS == "linux" && alive(cmd.Process.Pid) { // ends though nobody has waited for the process yet
-		runtime.Gosched()
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Fatal(err)
-	}
-	if alive(cmd.Process.Pid) || alive(0) {
-		t.Error("a process that has ended is alive")
 	}
 }

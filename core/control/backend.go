@@ -88,6 +88,9 @@ type Backend interface {
 	Drain(ctx context.Context, by use.Caller, target string) (int, error)
 	// Stop ends the master: at once, or with its last client if drain is set.
 	Stop(ctx context.Context, by use.Caller, drain bool) error
+	// Restart gives the sockets to a new master, the program that is installed now, and ends this one with its last
+	// session. It returns the new one's pid. After an error all is as before.
+	Restart(ctx context.Context, by use.Caller) (pid int, err error)
 	// Reload reads the policy file. color allows ANSI colours in the text.
 	Reload(ctx context.Context, by use.Caller, color bool) (Reloaded, error)
 	// Lock locks; the passphrase may be empty. Unlock opens that, and returns what still locks; a wrong passphrase is

@@ -124,6 +124,14 @@ func (m *Master) Stop(ctx context.Context, drain bool) error {
 	return statusToError(err)
 }
 
+// Restart has a new master take over, which may not be ready yet when its pid comes back.
+func (m *Master) Restart(ctx context.Context) (pid int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	r, err := m.rpc.Restart(ctx, &controlpb.RestartRequest{})
+	return int(r.GetPid()), statusToError(err)
+}
+
 // Reload has the master read its policy file. color allows ANSI colours in the text.
 func (m *Master) Reload(ctx context.Context, color bool) (Reloaded, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTime)

@@ -110,6 +110,14 @@ func (s *server) Stop(ctx context.Context, r *controlpb.StopRequest) (*controlpb
 	return &controlpb.StopResponse{}, nil
 }
 
+func (s *server) Restart(ctx context.Context, _ *controlpb.RestartRequest) (*controlpb.RestartResponse, error) {
+	pid, err := s.backend.Restart(ctx, callerOf(ctx))
+	if err != nil {
+		return nil, errorToStatus(err)
+	}
+	return &controlpb.RestartResponse{Pid: int64(pid)}, nil
+}
+
 func (s *server) Reload(ctx context.Context, r *controlpb.ReloadRequest) (*controlpb.ReloadResponse, error) {
 	got, err := s.backend.Reload(ctx, callerOf(ctx), r.GetColor())
 	if err != nil {

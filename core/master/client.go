@@ -69,8 +69,8 @@ type client struct {
 // serve is a client's whole life. It owns nc.
 func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	defer nc.Close()
-	m.serving.Add(1)
-	defer m.serving.Add(-1)
+	m.begin()
+	defer m.end()
 	c := &client{
 		id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now(), handshake: local.NewHandshake(),
 	}
@@ -97,7 +97,9 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 		}
 	}()
 	if errors.Is(err, wire.ErrVersion) {
-		c.answer(wire.Failed, fmt.Sprintf("the master is of another version (%s); end it with: muxproxy master stop", m.opts.Version))
+		c.answer(wire.Failed, fmt.Sprintf(
+			"this muxproxy speaks version %d of the protocol and the master, muxproxy %s, version %d: if the master is the older one, "+
+				"run `muxproxy master restart`, else update this one", hello.Version, m.opts.Version, wire.Version))
 		return
 	}
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -341,18 +342,19 @@ func (m *Master) Decide(ctx context.Context, by use.Caller, id string, allow boo
 	return finish(p, m.plugins.Decide(id, allow, reason))
 }
 
+// verbPattern is what the first argument of a plugin's command looks like if it says what to do.
+var verbPattern = regexp.MustCompile(`^[a-z][a-z-]{0,31}$`)
+
 // RunPlugin implements control.PluginBackend.
 func (m *Master) RunPlugin(ctx context.Context, by use.Caller, plugin string, args []string, stdout, stderr io.Writer) (int, error) {
-	verbs, ok := m.plugins.Verbs()[plugin]
-	if !ok {
+	if _, ok := m.plugins.Verbs()[plugin]; !ok {
 		return 0, control.ErrNoCommand
 	}
-	// A plugin with several commands has them judged apart: "forward remove" goes on when "forward add" does not.
-	name, rest := plugin, args
-	if len(args) > 0 && slices.ContainsFunc(verbs, func(v pluginhost.Verb) bool { return strings.HasPrefix(v.Usage+" ", args[0]+" ") }) {
-		name, rest = plugin+" "+args[0], args[1:]
+	verb, rest := plugin, args
+	if len(args) > 0 && verbPattern.MatchString(args[0]) {
+		verb, rest = plugin+" "+args[0], args[1:]
 	}
-	p, err := m.permit(ctx, by, name, strings.Join(rest, " "), use.Target{})
+	p, err := m.permit(ctx, by, verb, strings.Join(rest, " "), use.Target{})
 	if err != nil {
 		return 0, err
 	}

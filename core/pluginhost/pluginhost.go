@@ -281,6 +281,17 @@ func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []
 	return problems
 }
 
+// Retire ends the plugins that judge no uses, for good: what they do by themselves another master does now. Streams go on.
+func (m *Manager) Retire() {
+	var retiring sync.WaitGroup
+	for _, p := range m.set().plugins {
+		if d := p.description(); d != nil && !d.hook("authorize") {
+			retiring.Go(p.end)
+		}
+	}
+	retiring.Wait()
+}
+
 // stopAll ends plugins that are not also in keep.
 func stopAll(list []*supervised, keep *Set) {
 	var stopping sync.WaitGroup

@@ -302,7 +302,7 @@ func (p *Pool) busyLocked(key string) bool {
 		}
 	}
 	for k, g := range p.growths {
-		if k.key == key && g.waiting > 0 {
+		if k.key == key && len(g.waiting) > 0 {
 			return true
 		}
 	}

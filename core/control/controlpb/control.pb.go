@@ -1100,6 +1100,86 @@ func (*StopResponse) Descriptor() ([]byte, []int) {
 	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{15}
 }
 
+type RestartRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartRequest) Reset() {
+	*x = RestartRequest{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartRequest) ProtoMessage() {}
+
+func (x *RestartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartRequest.ProtoReflect.Descriptor instead.
+func (*RestartRequest) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{16}
+}
+
+type RestartResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pid           int64                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"` // of the new master, which may not be ready yet
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartResponse) Reset() {
+	*x = RestartResponse{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartResponse) ProtoMessage() {}
+
+func (x *RestartResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartResponse.ProtoReflect.Descriptor instead.
+func (*RestartResponse) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RestartResponse) GetPid() int64 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
 type ReloadRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Color         bool                   `protobuf:"varint,1,opt,name=color,proto3" json:"color,omitempty"` // text may have ANSI colours
@@ -1109,7 +1189,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1121,7 +1201,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1134,7 +1214,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{16}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReloadRequest) GetColor() bool {
@@ -1156,7 +1236,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1248,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1261,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{17}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReloadResponse) GetFile() string {
@@ -1221,7 +1301,7 @@ type LockRequest struct {
 
 func (x *LockRequest) Reset() {
 	*x = LockRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1313,7 @@ func (x *LockRequest) String() string {
 func (*LockRequest) ProtoMessage() {}
 
 func (x *LockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1326,7 @@ func (x *LockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LockRequest.ProtoReflect.Descriptor instead.
 func (*LockRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{18}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LockRequest) GetPassphrase() []byte {
@@ -1264,7 +1344,7 @@ type LockResponse struct {
 
 func (x *LockResponse) Reset() {
 	*x = LockResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1356,7 @@ func (x *LockResponse) String() string {
 func (*LockResponse) ProtoMessage() {}
 
 func (x *LockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1369,7 @@ func (x *LockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LockResponse.ProtoReflect.Descriptor instead.
 func (*LockResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{19}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{21}
 }
 
 type UnlockRequest struct {
@@ -1301,7 +1381,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1313,7 +1393,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1326,7 +1406,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{20}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UnlockRequest) GetPassphrase() []byte {
@@ -1346,7 +1426,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1358,7 +1438,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1371,7 +1451,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{21}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UnlockResponse) GetLock() *LockState {
@@ -1396,7 +1476,7 @@ type HostKeysRequest struct {
 
 func (x *HostKeysRequest) Reset() {
 	*x = HostKeysRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1408,7 +1488,7 @@ func (x *HostKeysRequest) String() string {
 func (*HostKeysRequest) ProtoMessage() {}
 
 func (x *HostKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1421,7 +1501,7 @@ func (x *HostKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostKeysRequest.ProtoReflect.Descriptor instead.
 func (*HostKeysRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{22}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{24}
 }
 
 type HostKeysResponse struct {
@@ -1434,7 +1514,7 @@ type HostKeysResponse struct {
 
 func (x *HostKeysResponse) Reset() {
 	*x = HostKeysResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1446,7 +1526,7 @@ func (x *HostKeysResponse) String() string {
 func (*HostKeysResponse) ProtoMessage() {}
 
 func (x *HostKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1459,7 +1539,7 @@ func (x *HostKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostKeysResponse.ProtoReflect.Descriptor instead.
 func (*HostKeysResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{23}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HostKeysResponse) GetPlain() []string {
@@ -1484,7 +1564,7 @@ type DumpRequest struct {
 
 func (x *DumpRequest) Reset() {
 	*x = DumpRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1576,7 @@ func (x *DumpRequest) String() string {
 func (*DumpRequest) ProtoMessage() {}
 
 func (x *DumpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1589,7 @@ func (x *DumpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DumpRequest.ProtoReflect.Descriptor instead.
 func (*DumpRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{24}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{26}
 }
 
 type DumpResponse struct {
@@ -1521,7 +1601,7 @@ type DumpResponse struct {
 
 func (x *DumpResponse) Reset() {
 	*x = DumpResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1613,7 @@ func (x *DumpResponse) String() string {
 func (*DumpResponse) ProtoMessage() {}
 
 func (x *DumpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1626,7 @@ func (x *DumpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DumpResponse.ProtoReflect.Descriptor instead.
 func (*DumpResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{25}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DumpResponse) GetText() []byte {
@@ -1568,7 +1648,7 @@ type Denied struct {
 
 func (x *Denied) Reset() {
 	*x = Denied{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1660,7 @@ func (x *Denied) String() string {
 func (*Denied) ProtoMessage() {}
 
 func (x *Denied) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1673,7 @@ func (x *Denied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Denied.ProtoReflect.Descriptor instead.
 func (*Denied) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{26}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Denied) GetBy() string {
@@ -1703,7 +1783,10 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\tupstreams\x18\x01 \x01(\x03R\tupstreams\"#\n" +
 	"\vStopRequest\x12\x14\n" +
 	"\x05drain\x18\x01 \x01(\bR\x05drain\"\x0e\n" +
-	"\fStopResponse\"%\n" +
+	"\fStopResponse\"\x10\n" +
+	"\x0eRestartRequest\"#\n" +
+	"\x0fRestartResponse\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\x03R\x03pid\"%\n" +
 	"\rReloadRequest\x12\x14\n" +
 	"\x05color\x18\x01 \x01(\bR\x05color\"u\n" +
 	"\x0eReloadResponse\x12\x12\n" +
@@ -1733,13 +1816,14 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x06Denied\x12\x0e\n" +
 	"\x02by\x18\x01 \x01(\tR\x02by\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint2\xb5\x06\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint2\x8b\a\n" +
 	"\aControl\x12Q\n" +
 	"\x06Status\x12\".muxproxy.control.v1.StatusRequest\x1a#.muxproxy.control.v1.StatusResponse\x12Q\n" +
 	"\x06Exists\x12\".muxproxy.control.v1.ExistsRequest\x1a#.muxproxy.control.v1.ExistsResponse\x12N\n" +
 	"\x05Close\x12!.muxproxy.control.v1.CloseRequest\x1a\".muxproxy.control.v1.CloseResponse\x12N\n" +
 	"\x05Drain\x12!.muxproxy.control.v1.DrainRequest\x1a\".muxproxy.control.v1.DrainResponse\x12K\n" +
-	"\x04Stop\x12 .muxproxy.control.v1.StopRequest\x1a!.muxproxy.control.v1.StopResponse\x12Q\n" +
+	"\x04Stop\x12 .muxproxy.control.v1.StopRequest\x1a!.muxproxy.control.v1.StopResponse\x12T\n" +
+	"\aRestart\x12#.muxproxy.control.v1.RestartRequest\x1a$.muxproxy.control.v1.RestartResponse\x12Q\n" +
 	"\x06Reload\x12\".muxproxy.control.v1.ReloadRequest\x1a#.muxproxy.control.v1.ReloadResponse\x12K\n" +
 	"\x04Lock\x12 .muxproxy.control.v1.LockRequest\x1a!.muxproxy.control.v1.LockResponse\x12Q\n" +
 	"\x06Unlock\x12\".muxproxy.control.v1.UnlockRequest\x1a#.muxproxy.control.v1.UnlockResponse\x12W\n" +
@@ -1758,7 +1842,7 @@ func file_core_control_controlpb_control_proto_rawDescGZIP() []byte {
 	return file_core_control_controlpb_control_proto_rawDescData
 }
 
-var file_core_control_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_core_control_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_core_control_controlpb_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: muxproxy.control.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: muxproxy.control.v1.StatusResponse
@@ -1776,55 +1860,59 @@ var file_core_control_controlpb_control_proto_goTypes = []any{
 	(*DrainResponse)(nil),         // 13: muxproxy.control.v1.DrainResponse
 	(*StopRequest)(nil),           // 14: muxproxy.control.v1.StopRequest
 	(*StopResponse)(nil),          // 15: muxproxy.control.v1.StopResponse
-	(*ReloadRequest)(nil),         // 16: muxproxy.control.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 17: muxproxy.control.v1.ReloadResponse
-	(*LockRequest)(nil),           // 18: muxproxy.control.v1.LockRequest
-	(*LockResponse)(nil),          // 19: muxproxy.control.v1.LockResponse
-	(*UnlockRequest)(nil),         // 20: muxproxy.control.v1.UnlockRequest
-	(*UnlockResponse)(nil),        // 21: muxproxy.control.v1.UnlockResponse
-	(*HostKeysRequest)(nil),       // 22: muxproxy.control.v1.HostKeysRequest
-	(*HostKeysResponse)(nil),      // 23: muxproxy.control.v1.HostKeysResponse
-	(*DumpRequest)(nil),           // 24: muxproxy.control.v1.DumpRequest
-	(*DumpResponse)(nil),          // 25: muxproxy.control.v1.DumpResponse
-	(*Denied)(nil),                // 26: muxproxy.control.v1.Denied
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(*RestartRequest)(nil),        // 16: muxproxy.control.v1.RestartRequest
+	(*RestartResponse)(nil),       // 17: muxproxy.control.v1.RestartResponse
+	(*ReloadRequest)(nil),         // 18: muxproxy.control.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 19: muxproxy.control.v1.ReloadResponse
+	(*LockRequest)(nil),           // 20: muxproxy.control.v1.LockRequest
+	(*LockResponse)(nil),          // 21: muxproxy.control.v1.LockResponse
+	(*UnlockRequest)(nil),         // 22: muxproxy.control.v1.UnlockRequest
+	(*UnlockResponse)(nil),        // 23: muxproxy.control.v1.UnlockResponse
+	(*HostKeysRequest)(nil),       // 24: muxproxy.control.v1.HostKeysRequest
+	(*HostKeysResponse)(nil),      // 25: muxproxy.control.v1.HostKeysResponse
+	(*DumpRequest)(nil),           // 26: muxproxy.control.v1.DumpRequest
+	(*DumpResponse)(nil),          // 27: muxproxy.control.v1.DumpResponse
+	(*Denied)(nil),                // 28: muxproxy.control.v1.Denied
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
 }
 var file_core_control_controlpb_control_proto_depIdxs = []int32{
-	27, // 0: muxproxy.control.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
+	29, // 0: muxproxy.control.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
 	3,  // 1: muxproxy.control.v1.StatusResponse.upstreams:type_name -> muxproxy.control.v1.Upstream
 	4,  // 2: muxproxy.control.v1.StatusResponse.clients:type_name -> muxproxy.control.v1.Client
 	2,  // 3: muxproxy.control.v1.StatusResponse.lock:type_name -> muxproxy.control.v1.LockState
-	27, // 4: muxproxy.control.v1.LockState.since:type_name -> google.protobuf.Timestamp
-	27, // 5: muxproxy.control.v1.Upstream.since:type_name -> google.protobuf.Timestamp
-	27, // 6: muxproxy.control.v1.Upstream.last_heard:type_name -> google.protobuf.Timestamp
-	27, // 7: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
+	29, // 4: muxproxy.control.v1.LockState.since:type_name -> google.protobuf.Timestamp
+	29, // 5: muxproxy.control.v1.Upstream.since:type_name -> google.protobuf.Timestamp
+	29, // 6: muxproxy.control.v1.Upstream.last_heard:type_name -> google.protobuf.Timestamp
+	29, // 7: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
 	5,  // 8: muxproxy.control.v1.Client.caller:type_name -> muxproxy.control.v1.Caller
 	7,  // 9: muxproxy.control.v1.Client.channels:type_name -> muxproxy.control.v1.Channel
 	6,  // 10: muxproxy.control.v1.Caller.processes:type_name -> muxproxy.control.v1.Process
-	27, // 11: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
+	29, // 11: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
 	2,  // 12: muxproxy.control.v1.UnlockResponse.lock:type_name -> muxproxy.control.v1.LockState
 	0,  // 13: muxproxy.control.v1.Control.Status:input_type -> muxproxy.control.v1.StatusRequest
 	8,  // 14: muxproxy.control.v1.Control.Exists:input_type -> muxproxy.control.v1.ExistsRequest
 	10, // 15: muxproxy.control.v1.Control.Close:input_type -> muxproxy.control.v1.CloseRequest
 	12, // 16: muxproxy.control.v1.Control.Drain:input_type -> muxproxy.control.v1.DrainRequest
 	14, // 17: muxproxy.control.v1.Control.Stop:input_type -> muxproxy.control.v1.StopRequest
-	16, // 18: muxproxy.control.v1.Control.Reload:input_type -> muxproxy.control.v1.ReloadRequest
-	18, // 19: muxproxy.control.v1.Control.Lock:input_type -> muxproxy.control.v1.LockRequest
-	20, // 20: muxproxy.control.v1.Control.Unlock:input_type -> muxproxy.control.v1.UnlockRequest
-	22, // 21: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
-	24, // 22: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
-	1,  // 23: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
-	9,  // 24: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
-	11, // 25: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
-	13, // 26: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
-	15, // 27: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
-	17, // 28: muxproxy.control.v1.Control.Reload:output_type -> muxproxy.control.v1.ReloadResponse
-	19, // 29: muxproxy.control.v1.Control.Lock:output_type -> muxproxy.control.v1.LockResponse
-	21, // 30: muxproxy.control.v1.Control.Unlock:output_type -> muxproxy.control.v1.UnlockResponse
-	23, // 31: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
-	25, // 32: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
-	23, // [23:33] is the sub-list for method output_type
-	13, // [13:23] is the sub-list for method input_type
+	16, // 18: muxproxy.control.v1.Control.Restart:input_type -> muxproxy.control.v1.RestartRequest
+	18, // 19: muxproxy.control.v1.Control.Reload:input_type -> muxproxy.control.v1.ReloadRequest
+	20, // 20: muxproxy.control.v1.Control.Lock:input_type -> muxproxy.control.v1.LockRequest
+	22, // 21: muxproxy.control.v1.Control.Unlock:input_type -> muxproxy.control.v1.UnlockRequest
+	24, // 22: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
+	26, // 23: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
+	1,  // 24: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
+	9,  // 25: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
+	11, // 26: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
+	13, // 27: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
+	15, // 28: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
+	17, // 29: muxproxy.control.v1.Control.Restart:output_type -> muxproxy.control.v1.RestartResponse
+	19, // 30: muxproxy.control.v1.Control.Reload:output_type -> muxproxy.control.v1.ReloadResponse
+	21, // 31: muxproxy.control.v1.Control.Lock:output_type -> muxproxy.control.v1.LockResponse
+	23, // 32: muxproxy.control.v1.Control.Unlock:output_type -> muxproxy.control.v1.UnlockResponse
+	25, // 33: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
+	27, // 34: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
+	24, // [24:35] is the sub-list for method output_type
+	13, // [13:24] is the sub-list for method input_type
 	13, // [13:13] is the sub-list for extension type_name
 	13, // [13:13] is the sub-list for extension extendee
 	0,  // [0:13] is the sub-list for field type_name
@@ -1841,7 +1929,7 @@ func file_core_control_controlpb_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_control_controlpb_control_proto_rawDesc), len(file_core_control_controlpb_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
