@@ -234,7 +234,7 @@ func (s *supervised) decided(d *pluginpb.Decision) *use.Denied {
 // onFailure is what counts instead of an answer.
 func (s *supervised) onFailure(why string) *use.Denied {
 	s.mu.Lock()
-	allow := s.spec.AllowOnFailure
+	allow := s.policy.AllowOnFailure
 	s.mu.Unlock()
 	why = use.Printable(why)
 	s.log.Warn().Str("error", why).Bool("allowed", allow).Msg("plugin did not decide")
