@@ -143,6 +143,16 @@ func (w *world) opened(i int) string {
 	return list[i].Listening[0]
 }
 
+// recorded waits until the audit log has so many lines with text in them, and checks that it has no more.
+func (w *world) recorded(text string, n int) {
+	w.t.Helper()
+	count := func() int { return strings.Count(strings.Join(w.Master.Records(), "\n"), text) }
+	until(w.t, fmt.Sprintf("%d times %q", n, text), func() bool { return count() >= n })
+	if got := count(); got != n {
+		w.t.Errorf("%d times %q:\n%s", got, text, strings.Join(w.Master.Records(), "\n"))
+	}
+}
+
 // free is a port that nobody has.
 func free(t *testing.T) int {
 	t.Helper()
@@ -250,10 +260,8 @@ func TestLocal(t *testing.T) {
 		}
 		return n == 4 && in == 20 && out == 20
 	})
-	if got := strings.Join(w.Master.Records(), "\n"); strings.Count(got, "opened u@test.example.com:22 local ") != 3 ||
-		!strings.Contains(got, `policy, host "*.x" "!y" "h" "i"`) {
-		t.Errorf("audit:\n%s", got)
-	}
+	w.recorded("opened u@test.example.com:22 local ", 3)
+	w.recorded(`policy, host "*.x" "!y" "h" "i"`, 3)
 }
 
 // The remote side says its end first, or last, and bytes flow the other way after it.
@@ -465,9 +473,7 @@ func TestReload(t *testing.T) {
 	if len(after) != 2 || after[0].ID != before[0].ID || after[0].Connections != 1 || after[1].Kind != dynamic {
 		t.Errorf("before %+v\nafter %+v", before, after)
 	}
-	if n := strings.Count(strings.Join(w.Master.Records(), "\n"), "opened "); n != 3 {
-		t.Errorf("opened %d times:\n%s", n, strings.Join(w.Master.Records(), "\n"))
-	}
+	w.recorded("opened ", 3)
 	ping(a)
 	ping(b)
 	w.use(`{}`)
@@ -556,9 +562,8 @@ func TestTaken(t *testing.T) {
 	if got := talk(t, dial(t, "tcp", taken.Addr().String()), "x"); got != "x" {
 		t.Errorf("%q", got)
 	}
-	if got := strings.Join(w.Master.Records(), "\n"); strings.Count(got, "failed u@test.example.com:22 ") != 2 || strings.Count(got, "opened ") != 3 {
-		t.Errorf("audit:\n%s", got)
-	}
+	w.recorded("failed u@test.example.com:22 ", 2)
+	w.recorded("opened ", 3)
 }
 
 // The server's side: TCP and Unix sockets here, and again after the connection was lost.
@@ -718,9 +723,7 @@ func TestCommands(t *testing.T) {
 	w2.opened(0)
 	w2.Master.SetConnections(&pluginpb.Connection{Id: 1, Target: &pluginpb.Target{User: "u", Host: "test.example.com", Port: 22}})
 	until(t, "the last client has left", func() bool { return len(w2.list()) == 0 })
-	until(t, "recorded", func() bool {
-		return strings.Contains(strings.Join(w2.Master.Records(), "\n"), "command: the connection's last client has left")
-	})
+	w2.recorded("command: the connection's last client has left", 1)
 	until(t, "nothing is kept", func() bool {
 		kept, err := w2.Master.Kept(t.Context(), nil)
 		return err == nil && strings.Contains(string(kept.GetData()), `"added":[]`)

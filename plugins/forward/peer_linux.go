@@ -198,13 +198,13 @@ type look struct {
 }
 
 const (
-	lookTime  = 100 * time.Millisecond
+	lookTime  = time.Second // a machine that is busy; else it takes some milliseconds
 	maxRecent = 16
 )
 
 func newFinder() *finder { return &finder{looking: make(chan struct{}, 1)} }
 
-// find returns a process of this user that has the socket; 0: none was found in 100 ms. It is what policy and audit are
+// find returns a process of this user that has the socket; 0: none was found in a second. It is what policy and audit are
 // told, a claim: a process can pass its socket on.
 func (f *finder) find(ctx context.Context, inode uint64) int {
 	f.mu.Lock()
