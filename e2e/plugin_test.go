@@ -60,7 +60,7 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 }
 
 func (j *judge) Retain(_ context.Context, i *plugin.Idle) time.Time {
-	return time.Now().Add(i.Block.(*judgeBlock).Keep)
+	return time.Now().Add(i.Connection.Block.(*judgeBlock).Keep)
 }
 
 func (j *judge) Observe(ctx context.Context, e plugin.Event) {

@@ -359,6 +359,8 @@ type status struct {
 		Sessions int    `json:"sessions"`
 		Most     int    `json:"max_sessions"`
 		Suspect  bool   `json:"suspect"`
+
+		KeptUntil time.Time `json:"kept_until"`
 	} `json:"upstreams"`
 	Clients []struct {
 		ID       uint64 `json:"id"`

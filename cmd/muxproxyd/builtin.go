@@ -6,11 +6,13 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/plugins/forward"
+	"github.com/muxproxy/muxproxy/plugins/persist"
 )
 
 // builtIns are the plugins that this program is when it is started as "muxproxyd plugin NAME" by a master.
 var builtIns = map[string]func() plugin.Plugin{
 	"forward": forward.New,
+	"persist": persist.New,
 }
 
 // builtInNames are their names, sorted.

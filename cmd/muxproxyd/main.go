@@ -124,7 +124,7 @@ MUXPROXY_BYPASS=1 in the environment goes without it.`,
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.AddCommand(
-		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
+		newStatus(a), newConnect(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
 		newSetup(a), newDoctor(a),
 	)

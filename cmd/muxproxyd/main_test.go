@@ -196,6 +196,12 @@ func busy() control.Status {
 				Clients: 1, Channels: 1, In: 1 << 50, Out: 1023, Sessions: 100, MaxSessions: 100},
 			{ID: 13, Target: "bob@[2001:db8::1]:22", Lane: "interactive", State: "dialling", Since: noon.Add(time.Second)},
 			{ID: 14, Target: "git@h:22", Lane: "agent", State: "up", Since: noon, Suspect: true},
+			{ID: 15, Target: "git@h:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(3 * time.Minute),
+				KeptUntil: noon.Add(7 * time.Minute)},
+			{ID: 16, Target: "me@kept:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Minute),
+				KeptUntil: noon.Add(30 * time.Hour)},
+			{ID: 17, Target: "me@ever:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Second),
+				KeptUntil: time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)},
 		},
 		Clients: []control.Client{
 			{ID: 7, Target: "alice@db.example.com:22", Alias: "db", Upstream: 1, Mode: "fds", Since: ago(3 * time.Minute),

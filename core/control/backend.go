@@ -44,6 +44,8 @@ type Upstream struct {
 	Sessions    int       `json:"sessions"`               // open session channels, one kept in advance among them
 	MaxSessions int       `json:"max_sessions,omitempty"` // how many the server was found to allow; 0: not known
 	Suspect     bool      `json:"suspect,omitempty"`      // no sign of life when asked for one; no new clients until there is
+	IdleSince   time.Time `json:"idle_since,omitzero"`    // when the last client left; zero: there are some
+	KeptUntil   time.Time `json:"kept_until,omitzero"`    // zero: there are clients, or it is about to close
 }
 
 // Client is one local ssh connection.

@@ -31,6 +31,7 @@ func (m *Master) Status() control.Status {
 			Addr: u.Server.Addr, Server: use.Printable(u.Server.Version), Kex: u.Server.Kex, Cipher: u.Server.Cipher,
 			PostQuantum: u.Server.PostQuantum, Auth: use.Printable(u.Server.Auth), Clients: u.Clients, Channels: int(u.Channels),
 			In: u.In, Out: u.Out, Sessions: u.Sessions, MaxSessions: u.MaxSessions, Suspect: u.Suspect,
+			IdleSince: u.IdleSince, KeptUntil: u.KeptUntil,
 		}
 		if u.Server.HostKey != nil {
 			cu.HostKey = u.Server.HostKey.Type() + " " + ssh.FingerprintSHA256(u.Server.HostKey)

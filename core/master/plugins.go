@@ -66,6 +66,7 @@ func (m *Master) adopt(ctx context.Context, first bool) (policy.Diagnostics, err
 	m.warn(p.diags)
 	m.policy.now.Store(s)
 	m.apply()
+	m.plugins.InForce()
 	m.pool.Reconsider()
 	return p.diags, nil
 }

@@ -41,10 +41,17 @@ type RefusedError struct {
 
 func (e *RefusedError) Error() string { return "refused by the server: " + e.Message }
 
+// LoginError is a login that was refused: by the server, because its host key is not good, or because a person would have
+// had to answer. Another try would end the same until a person has done something.
+type LoginError struct{ Message string }
+
+func (e *LoginError) Error() string { return e.Message }
+
 // Host is the master, as far as policy lets this plugin. It may be used by many goroutines.
 type Host struct {
 	client pluginpb.HostClient
-	stream string // path of the stream socket
+	stream string              // path of the stream socket
+	block  func(id string) any // set by Register
 }
 
 // NewHost returns the master that a Hello names, and what ends the connection to it. It connects when it is first used.
@@ -54,7 +61,8 @@ func NewHost(h Hello) (*Host, func() error, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return &Host{pluginpb.NewHostClient(conn), h.Stream}, conn.Close, nil
+	noBlock := func(string) any { return nil }
+	return &Host{pluginpb.NewHostClient(conn), h.Stream, noBlock}, conn.Close, nil
 }
 
 // token goes with every call. The socket is local, in a directory of this user alone: nothing need be encrypted.
@@ -88,27 +96,36 @@ func hostError(err error) error {
 // Connections lists the connections to hosts with a block of this plugin. It needs CanList.
 func (h *Host) Connections(ctx context.Context) ([]Connection, error) {
 	r, err := h.client.Connections(ctx, &pluginpb.ConnectionsRequest{})
-	return connectionsFromPB(r.GetConnections()), hostError(err)
-}
-
-// Resolve says what a target means, in the words of Connect, and the ID of the plugin's block that holds for it; "" if the
-// `when` of none is true. It is an ErrDenied if the host has no block, as that of every call before the policy that
-// Configure has brought is in force. It needs CanConnect.
-func (h *Host) Resolve(ctx context.Context, target string) (t Target, block string, err error) {
-	r, err := h.client.Resolve(ctx, &pluginpb.ResolveRequest{Target: target})
-	return targetFromPB(r.GetTarget()), r.GetBlock(), hostError(err)
+	return connectionsFromPB(r.GetConnections(), h.block), hostError(err)
 }
 
 // Connect returns the connection to a target (HOST, USER@HOST or USER@HOST:PORT, as ssh would be told), which it makes if
-// there is none. Nobody can be asked for a password. It needs CanConnect.
+// there is none. Nobody can be asked for a password: the error is a *LoginError if that, or anything else about the login,
+// is in the way. It needs CanConnect.
 func (h *Host) Connect(ctx context.Context, target string) (Connection, error) {
 	r, err := h.client.Connect(ctx, &pluginpb.ConnectRequest{Target: target})
-	return connectionFromPB(r.GetConnection()), hostError(err)
+	if err == nil && r.GetRefused() != "" {
+		return Connection{}, &LoginError{r.GetRefused()}
+	}
+	return connectionFromPB(r.GetConnection(), h.block), hostError(err)
+}
+
+// Resolve says what a target of Connect means, and which block of this plugin holds for connections to it (as in Block;
+// nil: none), without connecting. It needs CanConnect.
+func (h *Host) Resolve(ctx context.Context, target string) (t Target, block any, err error) {
+	r, err := h.client.Resolve(ctx, &pluginpb.ResolveRequest{Target: target})
+	return targetFromPB(r.GetTarget()), h.block(r.GetBlock()), hostError(err)
 }
 
 // Close ends a connection and all that it carries. It needs CanClose.
 func (h *Host) Close(ctx context.Context, connection uint64) error {
 	_, err := h.client.Close(ctx, &pluginpb.CloseRequest{Connection: connection})
+	return hostError(err)
+}
+
+// Drain lets a connection take no new clients: it ends with its last, at once if there is none. It needs CanClose.
+func (h *Host) Drain(ctx context.Context, connection uint64) error {
+	_, err := h.client.Drain(ctx, &pluginpb.DrainRequest{Connection: connection})
 	return hostError(err)
 }
 

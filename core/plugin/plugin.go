@@ -27,7 +27,8 @@ type Plugin interface {
 	Describe() Info
 	// Configure brings the whole configuration: once before any hook is called, and again when the policy has changed.
 	// Values have been read into the structs of Info. If it returns an error the plugin goes on with what it had before,
-	// so it checks first and keeps then. Blocks that hooks get are kept by this package.
+	// so it checks first and keeps then. Blocks that hooks get are kept by this package. The policy is not in force yet,
+	// and what c.Host is asked meanwhile is judged by the one before: what has to be done waits for the event "policy".
 	Configure(ctx context.Context, c *Config) Diagnostics
 }
 
@@ -119,9 +120,6 @@ type Block struct {
 	Hosts []string
 }
 
-// ID names the block for Host.Resolve.
-func (b Block) ID() string { return b.id }
-
 // Target is what a client asked for.
 type Target struct {
 	User, Host string // an IPv6 address has no brackets
@@ -211,20 +209,21 @@ type Connection struct {
 	Up      bool
 	Clients int
 	Since   time.Time
+	// Block is the value of the block that holds for it, as in Block; nil if there is none, or if policy has just changed.
+	Block any
 }
 
 // Idle is a connection without clients.
 type Idle struct {
-	Connection Connection
-	Block      any       // the value of the block that holds for it
-	Since      time.Time // when the last client left
+	Connection Connection // its Block is never nil
+	Since      time.Time  // when the last client left
 }
 
 // Event is something that happened.
 type Event struct {
 	Time time.Time
 	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
-	// or "wake" of the machine. More may come.
+	// or "wake" of the machine, or "policy": the configuration that Configure brought last is in force. More may come.
 	Kind       string
 	ID         string // joins the two records of a use
 	Use        Use

@@ -26,7 +26,11 @@ func Register(s grpc.ServiceRegistrar, p Plugin, host *Host, log zerolog.Logger)
 	if err != nil {
 		return fmt.Errorf("plugin %s: %w", info.Name, err)
 	}
-	pluginpb.RegisterPluginServer(s, &server{p: p, info: info, described: described, host: host, log: log})
+	srv := &server{p: p, info: info, described: described, host: host, log: log}
+	if host != nil {
+		host.block = srv.value
+	}
+	pluginpb.RegisterPluginServer(s, srv)
 	return nil
 }
 
@@ -96,6 +100,12 @@ func (s *server) block(id string) (any, error) {
 	return nil, status.Errorf(codes.NotFound, "no block %q in the configuration", id)
 }
 
+// value is block where nil is good enough.
+func (s *server) value(id string) any {
+	v, _ := s.block(id)
+	return v
+}
+
 func (s *server) Authorize(r *pluginpb.AuthorizeRequest, stream grpc.ServerStreamingServer[pluginpb.AuthorizeResponse]) error {
 	a, ok := s.p.(Authorizer)
 	if !ok {
@@ -145,11 +155,10 @@ func (s *server) Retain(ctx context.Context, r *pluginpb.RetainRequest) (*plugin
 	if !ok {
 		return nil, status.Error(codes.Unimplemented, "no Retain")
 	}
-	block, err := s.block(r.GetBlock())
-	if err != nil {
+	if _, err := s.block(r.GetConnection().GetBlock()); err != nil {
 		return nil, err
 	}
-	until := p.Retain(ctx, &Idle{connectionFromPB(r.GetConnection()), block, timeFromPB(r.GetIdleSince())})
+	until := p.Retain(ctx, &Idle{connectionFromPB(r.GetConnection(), s.value), timeFromPB(r.GetIdleSince())})
 	return &pluginpb.RetainResponse{Until: timeToPB(until)}, nil
 }
 
@@ -166,7 +175,7 @@ func (s *server) Observe(stream grpc.ClientStreamingServer[pluginpb.Event, plugi
 		if err != nil {
 			return err
 		}
-		o.Observe(stream.Context(), eventFromPB(e))
+		o.Observe(stream.Context(), eventFromPB(e, s.value))
 	}
 }
 

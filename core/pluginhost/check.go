@@ -268,11 +268,13 @@ func (m *Manager) Retain(ctx context.Context, c pool.ConnInfo) time.Time {
 		if block == "" {
 			continue
 		}
+		now := time.Now()
 		request := &pluginpb.RetainRequest{
 			Connection: connectionToPB(Connection{
-				ID: c.ID, Target: c.Target, Lane: c.Lane, Up: c.State == pool.Up, Clients: c.Clients, Since: c.Since,
-			}),
-			Block: block, IdleSince: timeToPB(c.IdleSince),
+				ID: c.ID, Target: c.Target, Lane: c.Lane, Up: c.State == pool.Up, Clients: c.Clients,
+				Since: onWallClock(c.Since, now),
+			}, block),
+			IdleSince: timeToPB(onWallClock(c.IdleSince, now)),
 		}
 		r, err := p.retain(ctx, request)
 		if err != nil {

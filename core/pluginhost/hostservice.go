@@ -102,28 +102,10 @@ func (h *hostService) Connections(context.Context, *pluginpb.ConnectionsRequest)
 	out := &pluginpb.ConnectionsResponse{}
 	for _, c := range h.p.m.o.Backend.Connections() {
 		if h.covers(c.Target) == nil {
-			out.Connections = append(out.Connections, connectionToPB(c))
+			out.Connections = append(out.Connections, connectionToPB(c, h.block(c.Target)))
 		}
 	}
 	return out, nil
-}
-
-func (h *hostService) Resolve(ctx context.Context, r *pluginpb.ResolveRequest) (*pluginpb.ResolveResponse, error) {
-	if err := h.may(plugin.CanConnect); err != nil {
-		return nil, err
-	}
-	t, err := h.p.m.o.Backend.Resolve(ctx, r.GetTarget())
-	if err != nil {
-		return nil, failed(err)
-	}
-	if err := h.covers(t); err != nil {
-		return nil, err
-	}
-	block, denied := h.p.m.set().lookup.Block(h.p.spec.Name, use.Use{Target: t})
-	if denied != nil {
-		return nil, failed(denied)
-	}
-	return &pluginpb.ResolveResponse{Target: targetToPB(t), Block: block}, nil
 }
 
 func (h *hostService) Connect(ctx context.Context, r *pluginpb.ConnectRequest) (*pluginpb.ConnectResponse, error) {
@@ -138,10 +120,30 @@ func (h *hostService) Connect(ctx context.Context, r *pluginpb.ConnectRequest) (
 		return nil, err
 	}
 	c, err := h.p.m.o.Backend.Connect(ctx, h.actor(ctx), t)
+	switch {
+	case errors.Is(err, pool.ErrRefused):
+		return &pluginpb.ConnectResponse{Refused: utf8(use.Printable(err.Error()))}, nil
+	case err != nil:
+		return nil, failed(err)
+	}
+	return &pluginpb.ConnectResponse{Connection: connectionToPB(c, h.block(c.Target))}, nil
+}
+
+// block is the plugin's block that holds for connections to t.
+func (h *hostService) block(t use.Target) string { return h.p.m.set().block(h.p.spec.Name, t) }
+
+func (h *hostService) Resolve(ctx context.Context, r *pluginpb.ResolveRequest) (*pluginpb.ResolveResponse, error) {
+	if err := h.may(plugin.CanConnect); err != nil {
+		return nil, err
+	}
+	t, err := h.p.m.o.Backend.Resolve(ctx, r.GetTarget())
 	if err != nil {
 		return nil, failed(err)
 	}
-	return &pluginpb.ConnectResponse{Connection: connectionToPB(c)}, nil
+	if err := h.covers(t); err != nil {
+		return nil, err
+	}
+	return &pluginpb.ResolveResponse{Target: targetToPB(t), Block: h.block(t)}, nil
 }
 
 func (h *hostService) Close(ctx context.Context, r *pluginpb.CloseRequest) (*pluginpb.CloseResponse, error) {
@@ -152,6 +154,16 @@ func (h *hostService) Close(ctx context.Context, r *pluginpb.CloseRequest) (*plu
 		return nil, failed(err)
 	}
 	return &pluginpb.CloseResponse{}, nil
+}
+
+func (h *hostService) Drain(ctx context.Context, r *pluginpb.DrainRequest) (*pluginpb.DrainResponse, error) {
+	if err := h.connection(plugin.CanClose, r.GetConnection()); err != nil {
+		return nil, err
+	}
+	if err := h.p.m.o.Backend.Drain(ctx, h.actor(ctx), r.GetConnection()); err != nil {
+		return nil, failed(err)
+	}
+	return &pluginpb.DrainResponse{}, nil
 }
 
 func knownNetwork(network string) error {

@@ -239,7 +239,7 @@ func (s *Set) Discard() {
 // Apply configures the plugins, each with its blocks, and puts the Set and lookup in force. A plugin whose `plugin` block
 // is not among blocks gets the defaults. If a problem is no warning, all stays as it was, the plugins that ran get back
 // what they had, and the Set is discarded; unless force says that there is nothing to go back to: then the plugins with
-// problems count as failed.
+// problems count as failed. InForce is called next.
 func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []Plugin, force bool) []Problem {
 	results := make([][]Problem, len(s.plugins))
 	var configuring sync.WaitGroup
@@ -290,6 +290,13 @@ func (m *Manager) Retire() {
 		}
 	}
 	retiring.Wait()
+}
+
+// InForce tells the plugins that what Apply has brought counts wherever they may act.
+func (m *Manager) InForce() {
+	for _, p := range m.set().plugins {
+		p.tellPolicy()
+	}
 }
 
 // stopAll ends plugins that are not also in keep.

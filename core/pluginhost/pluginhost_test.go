@@ -146,6 +146,7 @@ func (w *world) run(specs []Plugin, blocks ...Block) {
 	if problems := set.Apply(w.t.Context(), blocks, lookupOf(blocks), specs, false); len(problems) > 0 {
 		w.t.Fatal(problems)
 	}
+	w.m.InForce()
 }
 
 func target(host string) use.Target { return use.Target{User: "u", Host: host, Port: 22} }
@@ -405,13 +406,15 @@ func TestObserve(t *testing.T) {
 		return Event{Time: time.Now(), Kind: kind, Use: use.Use{Kind: use.Exec, Target: target(host)}}
 	}
 	w.m.Observe(event("first", "h"))
+	w.m.Observe(Event{Time: time.Now(), Kind: "up", Connection: Connection{ID: 1, Target: target("h")}})
 	w.m.Observe(event("hidden", "foreign"))
 	w.m.Observe(Event{Time: time.Now(), Kind: "locked"}) // of no host: for all
 	w.m.Observe(event("last", "h"))
 	w.waitLog(`observed {\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
 	if log := w.log.String(); strings.Contains(log, "hidden") || strings.Contains(log, `"plugin":"b","message":"observed`) ||
-		!strings.Contains(log, `\"event\":\"locked\"`) || strings.Count(log, "observed") != 3 {
-		t.Error("events went to whom they should not")
+		!strings.Contains(log, `\"event\":\"locked\"`) || !strings.Contains(log, `\"event\":\"up\",\"host\":\"h allow\"`) ||
+		strings.Count(log, "observed") != 5 || !(strings.Index(log, "policy") < strings.Index(log, "first")) {
+		t.Error("events went to whom they should not, or in another order")
 	}
 	// A plugin that reads no more costs memory within bounds, and nobody waits.
 	w.m.Observe(event("stall", "h"))
@@ -465,13 +468,26 @@ func (b *fakeBackend) Resolve(_ context.Context, t string) (use.Target, error) {
 	return target(t), nil
 }
 
+// refusal is a driver's error of a login that was refused.
+type refusal struct{ error }
+
+func (refusal) Is(target error) bool { return target == pool.ErrRefused }
+
 func (b *fakeBackend) Connect(_ context.Context, by Actor, t use.Target) (Connection, error) {
+	if t.Host == "refused" {
+		return Connection{}, refusal{fmt.Errorf("%s: permission denied", t)}
+	}
 	b.call(by, "connect %s", t)
 	return Connection{ID: 1, Target: t}, nil
 }
 
 func (b *fakeBackend) Close(_ context.Context, by Actor, id uint64) error {
 	b.call(by, "close %d", id)
+	return nil
+}
+
+func (b *fakeBackend) Drain(_ context.Context, by Actor, id uint64) error {
+	b.call(by, "drain %d", id)
 	return nil
 }
 

@@ -242,6 +242,7 @@ func (s *supervised) again() error {
 				err = fmt.Errorf("it does not take its configuration any more: %s", ds[i].GetSummary())
 			} else {
 				s.setReady(inst)
+				s.tellPolicy()
 			}
 		}
 	}

@@ -522,6 +522,7 @@ type ConnInfo struct {
 	Server    ServerInfo
 	Clients   int
 	IdleSince time.Time // when the last client left; zero: there are some
+	KeptUntil time.Time // by what the Retainer said last; zero: there are clients, or it has not said anything yet
 	Channels  int64
 	In, Out   int64 // bytes of channel data: towards the remote host, from it
 	Sessions  int   // open session channels, the spare among them

@@ -645,6 +645,10 @@ func TestWatcherIsTold(t *testing.T) {
 	if c := <-w.asked; c.IdleSince.IsZero() || time.Since(c.IdleSince) > time.Minute {
 		t.Errorf("idle since %v", c.IdleSince)
 	}
+	eventually(t, "it is known until when it is kept", func() bool {
+		c := p.List()[0]
+		return time.Until(c.KeptUntil) > 59*time.Minute && !c.IdleSince.IsZero()
+	})
 	p.Reconsider()
 	if c := <-w.asked; c.ID != 3 {
 		t.Errorf("asked about %+v", c)

@@ -123,15 +123,15 @@ func (p *Plugin) add(ctx context.Context, f *forward, stdout, stderr io.Writer) 
 		return no("%s lets other machines in: only policy can allow that, in a forward block with gateway = true", f.spec.listen)
 	}
 	target, block, err := host.Resolve(ctx, f.host)
-	if errors.Is(err, plugin.ErrDenied) || err == nil && block == "" {
-		name := target.Host
-		if name == "" {
-			name = f.host[strings.LastIndexByte(f.host, '@')+1:]
-		}
+	if errors.Is(err, plugin.ErrDenied) {
+		name := f.host[strings.LastIndexByte(f.host, '@')+1:]
 		return no("policy has no forward block for %s: put host %q { forward {} } into it (muxproxy config path)", f.host, name)
 	}
 	if err != nil {
 		return &failure{statusError, err}
+	}
+	if block == nil {
+		return no("the `when` of no forward block of %s is true", target)
 	}
 	f.target = target
 	if f.withClient {

@@ -122,7 +122,7 @@ type wish struct {
 // wanted is a wish of policy's.
 type wanted struct {
 	wish
-	block string // its ID
+	block any    // the value of its block
 	where string // a person's name for it
 }
 
@@ -195,7 +195,7 @@ func wishes(b plugin.Block) (out []wanted, problems plugin.Diagnostics) {
 	}
 	add := func(k kind, i int, address, to, users string, gateway bool) {
 		at := plugin.Path{string(k), i}
-		w := wanted{wish{spec{kind: k}, host, users == "any", gateway}, b.ID(), where}
+		w := wanted{wish{spec{kind: k}, host, users == "any", gateway}, b.Value, where}
 		var err error
 		if w.spec.listen, err = parseListen(k, address); err != nil {
 			problems = append(problems, b.Errorf(at, "%q is nothing to listen on: %v", address, err))
@@ -242,7 +242,7 @@ func twice(blocks []plugin.Block, all []wanted) (problems plugin.Diagnostics) {
 			at.host = w.host
 		}
 		if other, ok := seen[at]; ok {
-			i := slices.IndexFunc(blocks, func(b plugin.Block) bool { return b.ID() == w.block })
+			i := slices.IndexFunc(blocks, func(b plugin.Block) bool { return b.Value == w.block })
 			problems = append(problems, blocks[i].Warnf(nil, "%s: %s listens there, too", w.spec.listen, other))
 		}
 		seen[at] = fmt.Sprintf("the %s forward of %s", w.spec.kind, w.where)

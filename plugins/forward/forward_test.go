@@ -57,7 +57,7 @@ func newWorld(t *testing.T) *world {
 	}
 	w := &world{Session: plugintest.InProcess(t, p), t: t, p: p}
 	t.Cleanup(func() { p.Close() })
-	w.Master.Dials = func(ctx context.Context, r *pluginpb.DialRequest) (net.Conn, error) {
+	w.Master.OnDial = func(ctx context.Context, r *pluginpb.DialRequest) (net.Conn, error) {
 		w.mu.Lock()
 		w.dials = append(w.dials, r)
 		w.mu.Unlock()
@@ -67,7 +67,7 @@ func newWorld(t *testing.T) *world {
 		}
 		return c, nil
 	}
-	w.Master.Listens = func(_ context.Context, r *pluginpb.ListenRequest) (net.Listener, error) {
+	w.Master.OnListen = func(_ context.Context, r *pluginpb.ListenRequest) (net.Listener, error) {
 		l, err := net.Listen(r.GetNetwork(), r.GetAddress())
 		if err != nil {
 			return nil, grpcstatus.Error(codes.FailedPrecondition, "the server refused the remote forward")
@@ -77,12 +77,13 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// configure brings one host block, of the host h.
+// configure brings one host block, "0", of the host h, and an empty one, "1".
 func (w *world) configure(value string) []*pluginpb.Diagnostic {
 	w.t.Helper()
 	r := &pluginpb.ConfigureRequest{Blocks: []*pluginpb.Block{
 		{Kind: pluginpb.Block_KIND_PLUGIN, Value: []byte("{}")},
 		{Id: "0", Kind: pluginpb.Block_KIND_HOST, Value: []byte(value), Hosts: []string{"*.x", "!y", "h", "i"}},
+		{Id: "1", Kind: pluginpb.Block_KIND_HOST, Value: []byte("{}"), Hosts: []string{"*"}},
 	}}
 	answer, err := w.Client.Configure(w.t.Context(), r)
 	if err != nil {
@@ -354,14 +355,14 @@ func TestOnDemand(t *testing.T) {
 	hold := make(chan struct{})
 	conn := &pluginpb.Connection{Id: 7, Target: &pluginpb.Target{User: "u", Host: "test.example.com", Port: 22}, Up: true}
 	w.Master.SetConnections()
-	w.Master.Connects = func(_ context.Context, target string) (*pluginpb.Connection, error) {
+	w.Master.OnConnect = func(target string) (*pluginpb.ConnectResponse, error) {
 		connects.Add(1)
 		<-hold
 		if target != "h" || broken.Load() {
 			return nil, grpcstatus.Error(codes.FailedPrecondition, "h: connection refused")
 		}
 		w.Master.SetConnections(conn)
-		return conn, nil
+		return &pluginpb.ConnectResponse{Connection: conn}, nil
 	}
 	w.use(fmt.Sprintf(`{"local": [{"address": "127.0.0.1:%d", "to": %q, "users": "self"}], "dynamic": [{"address": "127.0.0.1:%d", "users": "self"}]}`,
 		free(t), to, free(t)))
@@ -494,8 +495,8 @@ func readIs(r io.Reader, buf []byte, want string) bool {
 func TestOtherBlock(t *testing.T) {
 	w := newWorld(t)
 	var mu sync.Mutex // guards block and err
-	block, err := "9", error(nil)
-	w.Master.Resolves = func(target string) (*pluginpb.ResolveResponse, error) {
+	block, err := "1", error(nil)
+	w.Master.OnResolve = func(target string) (*pluginpb.ResolveResponse, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		return &pluginpb.ResolveResponse{Target: &pluginpb.Target{User: "u", Host: target, Port: 22}, Block: block}, err
@@ -523,7 +524,7 @@ func TestOtherBlock(t *testing.T) {
 	// Trouble with finding out is no reason to close; another policy is.
 	set("0", grpcstatus.Error(codes.FailedPrecondition, "ssh -G: no"))
 	w.p.all()[0].wake()
-	set("9", nil)
+	set("1", nil)
 	w.p.all()[0].wake()
 	waits("another forward block holds for h")
 }
@@ -575,8 +576,8 @@ func TestRemote(t *testing.T) {
 	sock := filepath.Join(dir, "there")
 	var mu sync.Mutex // guards listening
 	listening := map[string]net.Listener{}
-	direct := w.Master.Listens
-	w.Master.Listens = func(ctx context.Context, r *pluginpb.ListenRequest) (net.Listener, error) {
+	direct := w.Master.OnListen
+	w.Master.OnListen = func(ctx context.Context, r *pluginpb.ListenRequest) (net.Listener, error) {
 		l, err := direct(ctx, r)
 		mu.Lock()
 		listening[r.GetAddress()] = l
@@ -729,7 +730,7 @@ func TestCommands(t *testing.T) {
 		return err == nil && strings.Contains(string(kept.GetData()), `"added":[]`)
 	})
 	// Without a block for the host.
-	w2.Master.Resolves = func(string) (*pluginpb.ResolveResponse, error) {
+	w2.Master.OnResolve = func(string) (*pluginpb.ResolveResponse, error) {
 		return nil, grpcstatus.Error(codes.PermissionDenied, "u@other:22 has no block of forward")
 	}
 	if code, out := w2.command("add", "-L", spec, "u@other"); code != 1 ||
@@ -751,6 +752,30 @@ func TestKeptNonsense(t *testing.T) {
 			t.Errorf("%s: %+v", data, list)
 		}
 	}
+}
+
+// A login that was refused is not tried again and again, but when somebody has logged in.
+func TestRefusedLogin(t *testing.T) {
+	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
+	w := newWorld(t)
+	var connects atomic.Int32
+	w.Master.OnConnect = func(string) (*pluginpb.ConnectResponse, error) {
+		if connects.Add(1) == 1 {
+			return &pluginpb.ConnectResponse{Refused: "u@h:22: permission denied"}, nil
+		}
+		return &pluginpb.ConnectResponse{Connection: w.Master.Connection()}, nil
+	}
+	w.use(fmt.Sprintf(`{"remote": [{"address": "127.0.0.1:0", "to": %q}]}`, to))
+	until(t, "refused", func() bool { return w.list()[0].State == waiting })
+	if s := w.list()[0]; s.Reason != "can't connect to h: u@h:22: permission denied" {
+		t.Errorf("%q", s.Reason)
+	}
+	time.Sleep(10 * w.p.timing.most) // that nothing happens has no event
+	if n := connects.Load(); n != 1 {
+		t.Errorf("%d logins", n)
+	}
+	w.p.Observe(t.Context(), plugin.Event{Kind: "up"})
+	w.opened(0)
 }
 
 func TestDiagnostics(t *testing.T) {

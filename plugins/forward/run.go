@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -42,7 +43,7 @@ type forward struct {
 	timer  *time.Timer   // of until; nil: none
 
 	mu        sync.Mutex // guards what follows
-	block     string     // ID of its block
+	block     any        // the value of its block, by which it is known; nil: a command has added it
 	state     string
 	reason    string // why it waits
 	target    plugin.Target
@@ -70,9 +71,9 @@ func (f *forward) wake() {
 	}
 }
 
-func (f *forward) setBlock(id string) {
+func (f *forward) setBlock(block any) {
 	f.mu.Lock()
-	f.block = id
+	f.block = block
 	f.mu.Unlock()
 }
 
@@ -104,7 +105,11 @@ func (f *forward) end(why string) {
 // run keeps the forward open until ctx ends.
 func (f *forward) run(ctx context.Context) {
 	defer close(f.ended)
-	pause := f.p.timing.first
+	first := f.p.timing.first
+	if f.spec.kind != remote {
+		first /= 10 // nobody has to log in; the plugin before this one may just be closing its ports
+	}
+	pause := first
 	for {
 		began := time.Now()
 		err := f.hold(ctx)
@@ -114,14 +119,18 @@ func (f *forward) run(ctx context.Context) {
 		}
 		f.failed(err)
 		if time.Since(began) > f.p.timing.most {
-			pause = f.p.timing.first
+			pause = first
 		}
-		t := time.NewTimer(pause/2 + rand.N(pause/2+1))
+		wait := pause/2 + rand.N(pause/2+1)
+		if _, refused := errors.AsType[*plugin.LoginError](err); refused {
+			wait = math.MaxInt64 // a person has to do something first: then a connection comes up, or policy changes
+		}
+		t := time.NewTimer(wait)
 		select {
 		case <-t.C:
 			pause = min(2*pause, f.p.timing.most)
 		case <-f.again:
-			pause = f.p.timing.first
+			pause = first
 		case <-ctx.Done():
 		}
 		t.Stop()
@@ -136,9 +145,9 @@ var errNotOurs = errors.New("no policy for it")
 func (f *forward) resolve(ctx context.Context) error {
 	end := time.Now().Add(f.p.timing.grace)
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
-		t, id, err := f.master.Resolve(ctx, f.host)
+		t, holds, err := f.master.Resolve(ctx, f.host)
 		f.mu.Lock()
-		if err == nil && (id == f.block || f.where == "" && id != "") {
+		if err == nil && holds != nil && (holds == f.block || f.where == "") {
 			f.target = t
 			f.mu.Unlock()
 			return nil
@@ -147,7 +156,7 @@ func (f *forward) resolve(ctx context.Context) error {
 		switch {
 		case err == nil:
 			err = fmt.Errorf("%w: another forward block holds for %s", errNotOurs, f.host)
-			if id == "" {
+			if holds == nil {
 				err = fmt.Errorf("%w: the `when` of no forward block of %s is true", errNotOurs, f.host)
 			}
 		case errors.Is(err, plugin.ErrDenied):
@@ -436,13 +445,11 @@ func (f *forward) listenRemote(ctx context.Context) (l *plugin.Listener, err err
 		}
 		if err != nil {
 			cancel(nil)
+			err = fmt.Errorf("%s: %w", f.host, err) // the master's line has the address
 		}
 		return err
 	})
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.host, err) // the master's line has the address
-	}
-	return l, nil
+	return l, err
 }
 
 // acceptRemote serves a remote forward until it ends, and returns why.

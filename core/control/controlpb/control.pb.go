@@ -260,6 +260,8 @@ type Upstream struct {
 	Sessions      int64                  `protobuf:"varint,18,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	MaxSessions   int64                  `protobuf:"varint,19,opt,name=max_sessions,json=maxSessions,proto3" json:"max_sessions,omitempty"` // 0: not known
 	Suspect       bool                   `protobuf:"varint,20,opt,name=suspect,proto3" json:"suspect,omitempty"`
+	IdleSince     *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=idle_since,json=idleSince,proto3" json:"idle_since,omitempty"` // unset: it has clients
+	KeptUntil     *timestamppb.Timestamp `protobuf:"bytes,22,opt,name=kept_until,json=keptUntil,proto3" json:"kept_until,omitempty"` // unset: it has clients, or is about to close
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -432,6 +434,20 @@ func (x *Upstream) GetSuspect() bool {
 		return x.Suspect
 	}
 	return false
+}
+
+func (x *Upstream) GetIdleSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.IdleSince
+	}
+	return nil
+}
+
+func (x *Upstream) GetKeptUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.KeptUntil
+	}
+	return nil
 }
 
 // Client is one local ssh connection.
@@ -1719,7 +1735,7 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x02by\x18\x03 \x03(\tR\x02by\x12\x1e\n" +
 	"\n" +
 	"passphrase\x18\x04 \x01(\bR\n" +
-	"passphrase\"\xa2\x04\n" +
+	"passphrase\"\x98\x05\n" +
 	"\bUpstream\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x12\n" +
@@ -1742,7 +1758,11 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x03out\x18\x11 \x01(\x03R\x03out\x12\x1a\n" +
 	"\bsessions\x18\x12 \x01(\x03R\bsessions\x12!\n" +
 	"\fmax_sessions\x18\x13 \x01(\x03R\vmaxSessions\x12\x18\n" +
-	"\asuspect\x18\x14 \x01(\bR\asuspect\"\x97\x02\n" +
+	"\asuspect\x18\x14 \x01(\bR\asuspect\x129\n" +
+	"\n" +
+	"idle_since\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\tidleSince\x129\n" +
+	"\n" +
+	"kept_until\x18\x16 \x01(\v2\x1a.google.protobuf.TimestampR\tkeptUntil\"\x97\x02\n" +
 	"\x06Client\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x14\n" +
@@ -1883,39 +1903,41 @@ var file_core_control_controlpb_control_proto_depIdxs = []int32{
 	29, // 4: muxproxy.control.v1.LockState.since:type_name -> google.protobuf.Timestamp
 	29, // 5: muxproxy.control.v1.Upstream.since:type_name -> google.protobuf.Timestamp
 	29, // 6: muxproxy.control.v1.Upstream.last_heard:type_name -> google.protobuf.Timestamp
-	29, // 7: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
-	5,  // 8: muxproxy.control.v1.Client.caller:type_name -> muxproxy.control.v1.Caller
-	7,  // 9: muxproxy.control.v1.Client.channels:type_name -> muxproxy.control.v1.Channel
-	6,  // 10: muxproxy.control.v1.Caller.processes:type_name -> muxproxy.control.v1.Process
-	29, // 11: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
-	2,  // 12: muxproxy.control.v1.UnlockResponse.lock:type_name -> muxproxy.control.v1.LockState
-	0,  // 13: muxproxy.control.v1.Control.Status:input_type -> muxproxy.control.v1.StatusRequest
-	8,  // 14: muxproxy.control.v1.Control.Exists:input_type -> muxproxy.control.v1.ExistsRequest
-	10, // 15: muxproxy.control.v1.Control.Close:input_type -> muxproxy.control.v1.CloseRequest
-	12, // 16: muxproxy.control.v1.Control.Drain:input_type -> muxproxy.control.v1.DrainRequest
-	14, // 17: muxproxy.control.v1.Control.Stop:input_type -> muxproxy.control.v1.StopRequest
-	16, // 18: muxproxy.control.v1.Control.Restart:input_type -> muxproxy.control.v1.RestartRequest
-	18, // 19: muxproxy.control.v1.Control.Reload:input_type -> muxproxy.control.v1.ReloadRequest
-	20, // 20: muxproxy.control.v1.Control.Lock:input_type -> muxproxy.control.v1.LockRequest
-	22, // 21: muxproxy.control.v1.Control.Unlock:input_type -> muxproxy.control.v1.UnlockRequest
-	24, // 22: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
-	26, // 23: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
-	1,  // 24: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
-	9,  // 25: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
-	11, // 26: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
-	13, // 27: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
-	15, // 28: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
-	17, // 29: muxproxy.control.v1.Control.Restart:output_type -> muxproxy.control.v1.RestartResponse
-	19, // 30: muxproxy.control.v1.Control.Reload:output_type -> muxproxy.control.v1.ReloadResponse
-	21, // 31: muxproxy.control.v1.Control.Lock:output_type -> muxproxy.control.v1.LockResponse
-	23, // 32: muxproxy.control.v1.Control.Unlock:output_type -> muxproxy.control.v1.UnlockResponse
-	25, // 33: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
-	27, // 34: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
-	24, // [24:35] is the sub-list for method output_type
-	13, // [13:24] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	29, // 7: muxproxy.control.v1.Upstream.idle_since:type_name -> google.protobuf.Timestamp
+	29, // 8: muxproxy.control.v1.Upstream.kept_until:type_name -> google.protobuf.Timestamp
+	29, // 9: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
+	5,  // 10: muxproxy.control.v1.Client.caller:type_name -> muxproxy.control.v1.Caller
+	7,  // 11: muxproxy.control.v1.Client.channels:type_name -> muxproxy.control.v1.Channel
+	6,  // 12: muxproxy.control.v1.Caller.processes:type_name -> muxproxy.control.v1.Process
+	29, // 13: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
+	2,  // 14: muxproxy.control.v1.UnlockResponse.lock:type_name -> muxproxy.control.v1.LockState
+	0,  // 15: muxproxy.control.v1.Control.Status:input_type -> muxproxy.control.v1.StatusRequest
+	8,  // 16: muxproxy.control.v1.Control.Exists:input_type -> muxproxy.control.v1.ExistsRequest
+	10, // 17: muxproxy.control.v1.Control.Close:input_type -> muxproxy.control.v1.CloseRequest
+	12, // 18: muxproxy.control.v1.Control.Drain:input_type -> muxproxy.control.v1.DrainRequest
+	14, // 19: muxproxy.control.v1.Control.Stop:input_type -> muxproxy.control.v1.StopRequest
+	16, // 20: muxproxy.control.v1.Control.Restart:input_type -> muxproxy.control.v1.RestartRequest
+	18, // 21: muxproxy.control.v1.Control.Reload:input_type -> muxproxy.control.v1.ReloadRequest
+	20, // 22: muxproxy.control.v1.Control.Lock:input_type -> muxproxy.control.v1.LockRequest
+	22, // 23: muxproxy.control.v1.Control.Unlock:input_type -> muxproxy.control.v1.UnlockRequest
+	24, // 24: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
+	26, // 25: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
+	1,  // 26: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
+	9,  // 27: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
+	11, // 28: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
+	13, // 29: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
+	15, // 30: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
+	17, // 31: muxproxy.control.v1.Control.Restart:output_type -> muxproxy.control.v1.RestartResponse
+	19, // 32: muxproxy.control.v1.Control.Reload:output_type -> muxproxy.control.v1.ReloadResponse
+	21, // 33: muxproxy.control.v1.Control.Lock:output_type -> muxproxy.control.v1.LockResponse
+	23, // 34: muxproxy.control.v1.Control.Unlock:output_type -> muxproxy.control.v1.UnlockResponse
+	25, // 35: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
+	27, // 36: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
+	26, // [26:37] is the sub-list for method output_type
+	15, // [15:26] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_core_control_controlpb_control_proto_init() }

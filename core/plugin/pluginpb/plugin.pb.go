@@ -1479,6 +1479,7 @@ type Connection struct {
 	Up            bool                   `protobuf:"varint,4,opt,name=up,proto3" json:"up,omitempty"`
 	Clients       uint32                 `protobuf:"varint,5,opt,name=clients,proto3" json:"clients,omitempty"`
 	Since         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=since,proto3" json:"since,omitempty"`
+	Block         string                 `protobuf:"bytes,7,opt,name=block,proto3" json:"block,omitempty"` // the plugin's block that holds for it; "": none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1555,11 +1556,17 @@ func (x *Connection) GetSince() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Connection) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
 type RetainRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Connection    *Connection            `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
-	Block         string                 `protobuf:"bytes,2,opt,name=block,proto3" json:"block,omitempty"`
-	IdleSince     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=idle_since,json=idleSince,proto3" json:"idle_since,omitempty"`
+	IdleSince     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=idle_since,json=idleSince,proto3" json:"idle_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1599,13 +1606,6 @@ func (x *RetainRequest) GetConnection() *Connection {
 		return x.Connection
 	}
 	return nil
-}
-
-func (x *RetainRequest) GetBlock() string {
-	if x != nil {
-		return x.Block
-	}
-	return ""
 }
 
 func (x *RetainRequest) GetIdleSince() *timestamppb.Timestamp {
@@ -1661,20 +1661,22 @@ func (x *RetainResponse) GetUntil() *timestamppb.Timestamp {
 
 // Event is something that happened at a host with a block of the plugin, or to the whole master.
 type Event struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // "decision", "end", "up", "down", "locked", "unlocked", "sleep", "wake"; more may come
-	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`     // joins the records of one use
-	Use           *Use                   `protobuf:"bytes,4,opt,name=use,proto3" json:"use,omitempty"`   // of "decision" and "end"
-	Allowed       bool                   `protobuf:"varint,5,opt,name=allowed,proto3" json:"allowed,omitempty"`
-	By            string                 `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`         // who denied
-	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"` // of a denial or of "down", one line
-	Result        string                 `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"` // of "end": "ok", "exit", "signal", "cut", "refused", "closed"; of "down": "closed" here, or "lost"
-	ExitCode      uint32                 `protobuf:"varint,9,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
-	In            int64                  `protobuf:"varint,10,opt,name=in,proto3" json:"in,omitempty"`
-	Out           int64                  `protobuf:"varint,11,opt,name=out,proto3" json:"out,omitempty"`
-	Connection    *Connection            `protobuf:"bytes,12,opt,name=connection,proto3" json:"connection,omitempty"` // of "up" and "down"
-	Dropped       uint64                 `protobuf:"varint,13,opt,name=dropped,proto3" json:"dropped,omitempty"`      // events lost before this one since the last that came
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// "decision", "end", "up", "down", "locked", "unlocked", "sleep", "wake", or "policy": what Configure brought is in force,
+	// and the plugin's calls are judged by it; more may come.
+	Kind          string      `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Id            string      `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`   // joins the records of one use
+	Use           *Use        `protobuf:"bytes,4,opt,name=use,proto3" json:"use,omitempty"` // of "decision" and "end"
+	Allowed       bool        `protobuf:"varint,5,opt,name=allowed,proto3" json:"allowed,omitempty"`
+	By            string      `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`         // who denied
+	Reason        string      `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"` // of a denial or of "down", one line
+	Result        string      `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"` // of "end": "ok", "exit", "signal", "cut", "refused", "closed"; of "down": "closed" here, or "lost"
+	ExitCode      uint32      `protobuf:"varint,9,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
+	In            int64       `protobuf:"varint,10,opt,name=in,proto3" json:"in,omitempty"`
+	Out           int64       `protobuf:"varint,11,opt,name=out,proto3" json:"out,omitempty"`
+	Connection    *Connection `protobuf:"bytes,12,opt,name=connection,proto3" json:"connection,omitempty"` // of "up" and "down"
+	Dropped       uint64      `protobuf:"varint,13,opt,name=dropped,proto3" json:"dropped,omitempty"`      // events lost before this one since the last that came
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2058,6 +2060,103 @@ func (x *ConnectionsResponse) GetConnections() []*Connection {
 	return nil
 }
 
+type ConnectRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"` // HOST, USER@HOST or USER@HOST:PORT, as ssh would be told
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConnectRequest) Reset() {
+	*x = ConnectRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConnectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConnectRequest) ProtoMessage() {}
+
+func (x *ConnectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConnectRequest.ProtoReflect.Descriptor instead.
+func (*ConnectRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ConnectRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+type ConnectResponse struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Connection *Connection            `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	// Instead of a connection: why the login was refused. Another try would end the same until a person has done something.
+	Refused       string `protobuf:"bytes,2,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConnectResponse) Reset() {
+	*x = ConnectResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConnectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConnectResponse) ProtoMessage() {}
+
+func (x *ConnectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConnectResponse.ProtoReflect.Descriptor instead.
+func (*ConnectResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ConnectResponse) GetConnection() *Connection {
+	if x != nil {
+		return x.Connection
+	}
+	return nil
+}
+
+func (x *ConnectResponse) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
 type ResolveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"` // as in ConnectRequest
@@ -2067,7 +2166,7 @@ type ResolveRequest struct {
 
 func (x *ResolveRequest) Reset() {
 	*x = ResolveRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2079,7 +2178,7 @@ func (x *ResolveRequest) String() string {
 func (*ResolveRequest) ProtoMessage() {}
 
 func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[27]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2092,7 +2191,7 @@ func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
 func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{27}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ResolveRequest) GetTarget() string {
@@ -2105,14 +2204,14 @@ func (x *ResolveRequest) GetTarget() string {
 type ResolveResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Target        *Target                `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
-	Block         string                 `protobuf:"bytes,2,opt,name=block,proto3" json:"block,omitempty"` // id of the plugin's block that holds for it; "": the host has some, but the "when" of none is true
+	Block         string                 `protobuf:"bytes,2,opt,name=block,proto3" json:"block,omitempty"` // the plugin's block that holds for connections to it; "": none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResolveResponse) Reset() {
 	*x = ResolveResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2124,7 +2223,7 @@ func (x *ResolveResponse) String() string {
 func (*ResolveResponse) ProtoMessage() {}
 
 func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[28]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2137,7 +2236,7 @@ func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResolveResponse.ProtoReflect.Descriptor instead.
 func (*ResolveResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{28}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResolveResponse) GetTarget() *Target {
@@ -2152,94 +2251,6 @@ func (x *ResolveResponse) GetBlock() string {
 		return x.Block
 	}
 	return ""
-}
-
-type ConnectRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"` // HOST, USER@HOST or USER@HOST:PORT, as ssh would be told
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ConnectRequest) Reset() {
-	*x = ConnectRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ConnectRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ConnectRequest) ProtoMessage() {}
-
-func (x *ConnectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ConnectRequest.ProtoReflect.Descriptor instead.
-func (*ConnectRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{29}
-}
-
-func (x *ConnectRequest) GetTarget() string {
-	if x != nil {
-		return x.Target
-	}
-	return ""
-}
-
-type ConnectResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Connection    *Connection            `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ConnectResponse) Reset() {
-	*x = ConnectResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ConnectResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ConnectResponse) ProtoMessage() {}
-
-func (x *ConnectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ConnectResponse.ProtoReflect.Descriptor instead.
-func (*ConnectResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{30}
-}
-
-func (x *ConnectResponse) GetConnection() *Connection {
-	if x != nil {
-		return x.Connection
-	}
-	return nil
 }
 
 type CloseRequest struct {
@@ -2322,6 +2333,86 @@ func (*CloseResponse) Descriptor() ([]byte, []int) {
 	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{32}
 }
 
+type DrainRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Connection    uint64                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *DrainRequest) GetConnection() uint64 {
+	if x != nil {
+		return x.Connection
+	}
+	return 0
+}
+
+type DrainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainResponse) Reset() {
+	*x = DrainResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainResponse) ProtoMessage() {}
+
+func (x *DrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
+func (*DrainResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{34}
+}
+
 type DialRequest struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	Connection uint64                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
@@ -2337,7 +2428,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2349,7 +2440,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2362,7 +2453,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{33}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DialRequest) GetConnection() uint64 {
@@ -2417,7 +2508,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2429,7 +2520,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2442,7 +2533,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{34}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DialResponse) GetTicket() *Ticket {
@@ -2473,7 +2564,7 @@ type Ticket struct {
 
 func (x *Ticket) Reset() {
 	*x = Ticket{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2485,7 +2576,7 @@ func (x *Ticket) String() string {
 func (*Ticket) ProtoMessage() {}
 
 func (x *Ticket) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2498,7 +2589,7 @@ func (x *Ticket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ticket.ProtoReflect.Descriptor instead.
 func (*Ticket) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{35}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Ticket) GetId() []byte {
@@ -2519,7 +2610,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2531,7 +2622,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2544,7 +2635,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{36}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Refusal) GetReason() uint32 {
@@ -2572,7 +2663,7 @@ type ListenRequest struct {
 
 func (x *ListenRequest) Reset() {
 	*x = ListenRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2584,7 +2675,7 @@ func (x *ListenRequest) String() string {
 func (*ListenRequest) ProtoMessage() {}
 
 func (x *ListenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2597,7 +2688,7 @@ func (x *ListenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListenRequest.ProtoReflect.Descriptor instead.
 func (*ListenRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{37}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListenRequest) GetConnection() uint64 {
@@ -2634,7 +2725,7 @@ type ListenResponse struct {
 
 func (x *ListenResponse) Reset() {
 	*x = ListenResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2646,7 +2737,7 @@ func (x *ListenResponse) String() string {
 func (*ListenResponse) ProtoMessage() {}
 
 func (x *ListenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2659,7 +2750,7 @@ func (x *ListenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListenResponse.ProtoReflect.Descriptor instead.
 func (*ListenResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{38}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListenResponse) GetEvent() isListenResponse_Event {
@@ -2713,7 +2804,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2725,7 +2816,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2738,7 +2829,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{39}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Accepted) GetTicket() *Ticket {
@@ -2765,7 +2856,7 @@ type DecideRequest struct {
 
 func (x *DecideRequest) Reset() {
 	*x = DecideRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2777,7 +2868,7 @@ func (x *DecideRequest) String() string {
 func (*DecideRequest) ProtoMessage() {}
 
 func (x *DecideRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2790,7 +2881,7 @@ func (x *DecideRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
 func (*DecideRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{40}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DecideRequest) GetId() string {
@@ -2815,7 +2906,7 @@ type DecideResponse struct {
 
 func (x *DecideResponse) Reset() {
 	*x = DecideResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +2918,7 @@ func (x *DecideResponse) String() string {
 func (*DecideResponse) ProtoMessage() {}
 
 func (x *DecideResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +2931,7 @@ func (x *DecideResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideResponse.ProtoReflect.Descriptor instead.
 func (*DecideResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{41}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
 }
 
 type NotifyRequest struct {
@@ -2853,7 +2944,7 @@ type NotifyRequest struct {
 
 func (x *NotifyRequest) Reset() {
 	*x = NotifyRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2865,7 +2956,7 @@ func (x *NotifyRequest) String() string {
 func (*NotifyRequest) ProtoMessage() {}
 
 func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2878,7 +2969,7 @@ func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyRequest.ProtoReflect.Descriptor instead.
 func (*NotifyRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *NotifyRequest) GetConnection() uint64 {
@@ -2903,7 +2994,7 @@ type NotifyResponse struct {
 
 func (x *NotifyResponse) Reset() {
 	*x = NotifyResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2915,7 +3006,7 @@ func (x *NotifyResponse) String() string {
 func (*NotifyResponse) ProtoMessage() {}
 
 func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2928,7 +3019,7 @@ func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyResponse.ProtoReflect.Descriptor instead.
 func (*NotifyResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
 }
 
 type KeepRequest struct {
@@ -2940,7 +3031,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2952,7 +3043,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2965,7 +3056,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *KeepRequest) GetData() []byte {
@@ -2983,7 +3074,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2995,7 +3086,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3008,7 +3099,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
 }
 
 type KeptRequest struct {
@@ -3019,7 +3110,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3031,7 +3122,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3044,7 +3135,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{48}
 }
 
 type KeptResponse struct {
@@ -3056,7 +3147,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3068,7 +3159,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3081,7 +3172,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *KeptResponse) GetData() []byte {
@@ -3102,7 +3193,7 @@ type RecordRequest struct {
 
 func (x *RecordRequest) Reset() {
 	*x = RecordRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3114,7 +3205,7 @@ func (x *RecordRequest) String() string {
 func (*RecordRequest) ProtoMessage() {}
 
 func (x *RecordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3127,7 +3218,7 @@ func (x *RecordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordRequest.ProtoReflect.Descriptor instead.
 func (*RecordRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{48}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *RecordRequest) GetEvent() string {
@@ -3159,7 +3250,7 @@ type RecordResponse struct {
 
 func (x *RecordResponse) Reset() {
 	*x = RecordResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3171,7 +3262,7 @@ func (x *RecordResponse) String() string {
 func (*RecordResponse) ProtoMessage() {}
 
 func (x *RecordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3184,7 +3275,7 @@ func (x *RecordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordResponse.ProtoReflect.Descriptor instead.
 func (*RecordResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{49}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{51}
 }
 
 var File_core_plugin_pluginpb_plugin_proto protoreflect.FileDescriptor
@@ -3300,7 +3391,7 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12VERDICT_NO_OPINION\x10\x01\x12\x11\n" +
 	"\rVERDICT_ALLOW\x10\x02\x12\x10\n" +
-	"\fVERDICT_DENY\x10\x03\"\xc0\x01\n" +
+	"\fVERDICT_DENY\x10\x03\"\xd6\x01\n" +
 	"\n" +
 	"Connection\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x122\n" +
@@ -3308,14 +3399,14 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x04lane\x18\x03 \x01(\tR\x04lane\x12\x0e\n" +
 	"\x02up\x18\x04 \x01(\bR\x02up\x12\x18\n" +
 	"\aclients\x18\x05 \x01(\rR\aclients\x120\n" +
-	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\xa0\x01\n" +
+	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
+	"\x05block\x18\a \x01(\tR\x05block\"\x8a\x01\n" +
 	"\rRetainRequest\x12>\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\v2\x1e.muxproxy.plugin.v1.ConnectionR\n" +
-	"connection\x12\x14\n" +
-	"\x05block\x18\x02 \x01(\tR\x05block\x129\n" +
+	"connection\x129\n" +
 	"\n" +
-	"idle_since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tidleSince\"B\n" +
+	"idle_since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tidleSince\"B\n" +
 	"\x0eRetainResponse\x120\n" +
 	"\x05until\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\xf9\x02\n" +
 	"\x05Event\x12.\n" +
@@ -3346,22 +3437,28 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x12ConnectionsRequest\"W\n" +
 	"\x13ConnectionsResponse\x12@\n" +
 	"\vconnections\x18\x01 \x03(\v2\x1e.muxproxy.plugin.v1.ConnectionR\vconnections\"(\n" +
+	"\x0eConnectRequest\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\"k\n" +
+	"\x0fConnectResponse\x12>\n" +
+	"\n" +
+	"connection\x18\x01 \x01(\v2\x1e.muxproxy.plugin.v1.ConnectionR\n" +
+	"connection\x12\x18\n" +
+	"\arefused\x18\x02 \x01(\tR\arefused\"(\n" +
 	"\x0eResolveRequest\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\"[\n" +
 	"\x0fResolveResponse\x122\n" +
 	"\x06target\x18\x01 \x01(\v2\x1a.muxproxy.plugin.v1.TargetR\x06target\x12\x14\n" +
-	"\x05block\x18\x02 \x01(\tR\x05block\"(\n" +
-	"\x0eConnectRequest\x12\x16\n" +
-	"\x06target\x18\x01 \x01(\tR\x06target\"Q\n" +
-	"\x0fConnectResponse\x12>\n" +
-	"\n" +
-	"connection\x18\x01 \x01(\v2\x1e.muxproxy.plugin.v1.ConnectionR\n" +
-	"connection\".\n" +
+	"\x05block\x18\x02 \x01(\tR\x05block\".\n" +
 	"\fCloseRequest\x12\x1e\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\x04R\n" +
 	"connection\"\x0f\n" +
-	"\rCloseResponse\"\x9f\x01\n" +
+	"\rCloseResponse\".\n" +
+	"\fDrainRequest\x12\x1e\n" +
+	"\n" +
+	"connection\x18\x01 \x01(\x04R\n" +
+	"connection\"\x0f\n" +
+	"\rDrainResponse\"\x9f\x01\n" +
 	"\vDialRequest\x12\x1e\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\x04R\n" +
@@ -3419,12 +3516,13 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\tAuthorize\x12$.muxproxy.plugin.v1.AuthorizeRequest\x1a%.muxproxy.plugin.v1.AuthorizeResponse0\x01\x12O\n" +
 	"\x06Retain\x12!.muxproxy.plugin.v1.RetainRequest\x1a\".muxproxy.plugin.v1.RetainResponse\x12K\n" +
 	"\aObserve\x12\x19.muxproxy.plugin.v1.Event\x1a#.muxproxy.plugin.v1.ObserveResponse(\x01\x12T\n" +
-	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\x83\a\n" +
+	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\xd1\a\n" +
 	"\x04Host\x12^\n" +
 	"\vConnections\x12&.muxproxy.plugin.v1.ConnectionsRequest\x1a'.muxproxy.plugin.v1.ConnectionsResponse\x12R\n" +
-	"\aResolve\x12\".muxproxy.plugin.v1.ResolveRequest\x1a#.muxproxy.plugin.v1.ResolveResponse\x12R\n" +
-	"\aConnect\x12\".muxproxy.plugin.v1.ConnectRequest\x1a#.muxproxy.plugin.v1.ConnectResponse\x12L\n" +
-	"\x05Close\x12 .muxproxy.plugin.v1.CloseRequest\x1a!.muxproxy.plugin.v1.CloseResponse\x12I\n" +
+	"\aConnect\x12\".muxproxy.plugin.v1.ConnectRequest\x1a#.muxproxy.plugin.v1.ConnectResponse\x12R\n" +
+	"\aResolve\x12\".muxproxy.plugin.v1.ResolveRequest\x1a#.muxproxy.plugin.v1.ResolveResponse\x12L\n" +
+	"\x05Close\x12 .muxproxy.plugin.v1.CloseRequest\x1a!.muxproxy.plugin.v1.CloseResponse\x12L\n" +
+	"\x05Drain\x12 .muxproxy.plugin.v1.DrainRequest\x1a!.muxproxy.plugin.v1.DrainResponse\x12I\n" +
 	"\x04Dial\x12\x1f.muxproxy.plugin.v1.DialRequest\x1a .muxproxy.plugin.v1.DialResponse\x12Q\n" +
 	"\x06Listen\x12!.muxproxy.plugin.v1.ListenRequest\x1a\".muxproxy.plugin.v1.ListenResponse0\x01\x12O\n" +
 	"\x06Decide\x12!.muxproxy.plugin.v1.DecideRequest\x1a\".muxproxy.plugin.v1.DecideResponse\x12O\n" +
@@ -3446,7 +3544,7 @@ func file_core_plugin_pluginpb_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_core_plugin_pluginpb_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(Block_Kind)(0),               // 0: muxproxy.plugin.v1.Block.Kind
 	(Diagnostic_Severity)(0),      // 1: muxproxy.plugin.v1.Diagnostic.Severity
@@ -3478,30 +3576,32 @@ var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(*CommandResponse)(nil),       // 27: muxproxy.plugin.v1.CommandResponse
 	(*ConnectionsRequest)(nil),    // 28: muxproxy.plugin.v1.ConnectionsRequest
 	(*ConnectionsResponse)(nil),   // 29: muxproxy.plugin.v1.ConnectionsResponse
-	(*ResolveRequest)(nil),        // 30: muxproxy.plugin.v1.ResolveRequest
-	(*ResolveResponse)(nil),       // 31: muxproxy.plugin.v1.ResolveResponse
-	(*ConnectRequest)(nil),        // 32: muxproxy.plugin.v1.ConnectRequest
-	(*ConnectResponse)(nil),       // 33: muxproxy.plugin.v1.ConnectResponse
+	(*ConnectRequest)(nil),        // 30: muxproxy.plugin.v1.ConnectRequest
+	(*ConnectResponse)(nil),       // 31: muxproxy.plugin.v1.ConnectResponse
+	(*ResolveRequest)(nil),        // 32: muxproxy.plugin.v1.ResolveRequest
+	(*ResolveResponse)(nil),       // 33: muxproxy.plugin.v1.ResolveResponse
 	(*CloseRequest)(nil),          // 34: muxproxy.plugin.v1.CloseRequest
 	(*CloseResponse)(nil),         // 35: muxproxy.plugin.v1.CloseResponse
-	(*DialRequest)(nil),           // 36: muxproxy.plugin.v1.DialRequest
-	(*DialResponse)(nil),          // 37: muxproxy.plugin.v1.DialResponse
-	(*Ticket)(nil),                // 38: muxproxy.plugin.v1.Ticket
-	(*Refusal)(nil),               // 39: muxproxy.plugin.v1.Refusal
-	(*ListenRequest)(nil),         // 40: muxproxy.plugin.v1.ListenRequest
-	(*ListenResponse)(nil),        // 41: muxproxy.plugin.v1.ListenResponse
-	(*Accepted)(nil),              // 42: muxproxy.plugin.v1.Accepted
-	(*DecideRequest)(nil),         // 43: muxproxy.plugin.v1.DecideRequest
-	(*DecideResponse)(nil),        // 44: muxproxy.plugin.v1.DecideResponse
-	(*NotifyRequest)(nil),         // 45: muxproxy.plugin.v1.NotifyRequest
-	(*NotifyResponse)(nil),        // 46: muxproxy.plugin.v1.NotifyResponse
-	(*KeepRequest)(nil),           // 47: muxproxy.plugin.v1.KeepRequest
-	(*KeepResponse)(nil),          // 48: muxproxy.plugin.v1.KeepResponse
-	(*KeptRequest)(nil),           // 49: muxproxy.plugin.v1.KeptRequest
-	(*KeptResponse)(nil),          // 50: muxproxy.plugin.v1.KeptResponse
-	(*RecordRequest)(nil),         // 51: muxproxy.plugin.v1.RecordRequest
-	(*RecordResponse)(nil),        // 52: muxproxy.plugin.v1.RecordResponse
-	(*timestamppb.Timestamp)(nil), // 53: google.protobuf.Timestamp
+	(*DrainRequest)(nil),          // 36: muxproxy.plugin.v1.DrainRequest
+	(*DrainResponse)(nil),         // 37: muxproxy.plugin.v1.DrainResponse
+	(*DialRequest)(nil),           // 38: muxproxy.plugin.v1.DialRequest
+	(*DialResponse)(nil),          // 39: muxproxy.plugin.v1.DialResponse
+	(*Ticket)(nil),                // 40: muxproxy.plugin.v1.Ticket
+	(*Refusal)(nil),               // 41: muxproxy.plugin.v1.Refusal
+	(*ListenRequest)(nil),         // 42: muxproxy.plugin.v1.ListenRequest
+	(*ListenResponse)(nil),        // 43: muxproxy.plugin.v1.ListenResponse
+	(*Accepted)(nil),              // 44: muxproxy.plugin.v1.Accepted
+	(*DecideRequest)(nil),         // 45: muxproxy.plugin.v1.DecideRequest
+	(*DecideResponse)(nil),        // 46: muxproxy.plugin.v1.DecideResponse
+	(*NotifyRequest)(nil),         // 47: muxproxy.plugin.v1.NotifyRequest
+	(*NotifyResponse)(nil),        // 48: muxproxy.plugin.v1.NotifyResponse
+	(*KeepRequest)(nil),           // 49: muxproxy.plugin.v1.KeepRequest
+	(*KeepResponse)(nil),          // 50: muxproxy.plugin.v1.KeepResponse
+	(*KeptRequest)(nil),           // 51: muxproxy.plugin.v1.KeptRequest
+	(*KeptResponse)(nil),          // 52: muxproxy.plugin.v1.KeptResponse
+	(*RecordRequest)(nil),         // 53: muxproxy.plugin.v1.RecordRequest
+	(*RecordResponse)(nil),        // 54: muxproxy.plugin.v1.RecordResponse
+	(*timestamppb.Timestamp)(nil), // 55: google.protobuf.Timestamp
 }
 var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	6,  // 0: muxproxy.plugin.v1.DescribeResponse.plugin:type_name -> muxproxy.plugin.v1.Schema
@@ -3522,20 +3622,20 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	20, // 15: muxproxy.plugin.v1.AuthorizeResponse.decision:type_name -> muxproxy.plugin.v1.Decision
 	2,  // 16: muxproxy.plugin.v1.Decision.verdict:type_name -> muxproxy.plugin.v1.Decision.Verdict
 	14, // 17: muxproxy.plugin.v1.Connection.target:type_name -> muxproxy.plugin.v1.Target
-	53, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
+	55, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
 	21, // 19: muxproxy.plugin.v1.RetainRequest.connection:type_name -> muxproxy.plugin.v1.Connection
-	53, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
-	53, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
-	53, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
+	55, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
+	55, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
+	55, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
 	16, // 23: muxproxy.plugin.v1.Event.use:type_name -> muxproxy.plugin.v1.Use
 	21, // 24: muxproxy.plugin.v1.Event.connection:type_name -> muxproxy.plugin.v1.Connection
 	21, // 25: muxproxy.plugin.v1.ConnectionsResponse.connections:type_name -> muxproxy.plugin.v1.Connection
-	14, // 26: muxproxy.plugin.v1.ResolveResponse.target:type_name -> muxproxy.plugin.v1.Target
-	21, // 27: muxproxy.plugin.v1.ConnectResponse.connection:type_name -> muxproxy.plugin.v1.Connection
-	38, // 28: muxproxy.plugin.v1.DialResponse.ticket:type_name -> muxproxy.plugin.v1.Ticket
-	39, // 29: muxproxy.plugin.v1.DialResponse.refusal:type_name -> muxproxy.plugin.v1.Refusal
-	42, // 30: muxproxy.plugin.v1.ListenResponse.accepted:type_name -> muxproxy.plugin.v1.Accepted
-	38, // 31: muxproxy.plugin.v1.Accepted.ticket:type_name -> muxproxy.plugin.v1.Ticket
+	21, // 26: muxproxy.plugin.v1.ConnectResponse.connection:type_name -> muxproxy.plugin.v1.Connection
+	14, // 27: muxproxy.plugin.v1.ResolveResponse.target:type_name -> muxproxy.plugin.v1.Target
+	40, // 28: muxproxy.plugin.v1.DialResponse.ticket:type_name -> muxproxy.plugin.v1.Ticket
+	41, // 29: muxproxy.plugin.v1.DialResponse.refusal:type_name -> muxproxy.plugin.v1.Refusal
+	44, // 30: muxproxy.plugin.v1.ListenResponse.accepted:type_name -> muxproxy.plugin.v1.Accepted
+	40, // 31: muxproxy.plugin.v1.Accepted.ticket:type_name -> muxproxy.plugin.v1.Ticket
 	20, // 32: muxproxy.plugin.v1.DecideRequest.decision:type_name -> muxproxy.plugin.v1.Decision
 	3,  // 33: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
 	9,  // 34: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
@@ -3544,35 +3644,37 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	24, // 37: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
 	26, // 38: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
 	28, // 39: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
-	30, // 40: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
-	32, // 41: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
+	30, // 40: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
+	32, // 41: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
 	34, // 42: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
-	36, // 43: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
-	40, // 44: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
-	43, // 45: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
-	45, // 46: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
-	47, // 47: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
-	49, // 48: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
-	51, // 49: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
-	4,  // 50: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
-	11, // 51: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
-	18, // 52: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
-	23, // 53: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
-	25, // 54: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
-	27, // 55: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
-	29, // 56: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
-	31, // 57: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
-	33, // 58: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
-	35, // 59: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
-	37, // 60: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
-	41, // 61: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
-	44, // 62: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
-	46, // 63: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
-	48, // 64: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
-	50, // 65: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
-	52, // 66: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
-	50, // [50:67] is the sub-list for method output_type
-	33, // [33:50] is the sub-list for method input_type
+	36, // 43: muxproxy.plugin.v1.Host.Drain:input_type -> muxproxy.plugin.v1.DrainRequest
+	38, // 44: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
+	42, // 45: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
+	45, // 46: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
+	47, // 47: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
+	49, // 48: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
+	51, // 49: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
+	53, // 50: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
+	4,  // 51: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
+	11, // 52: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	18, // 53: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
+	23, // 54: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
+	25, // 55: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
+	27, // 56: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
+	29, // 57: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
+	31, // 58: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
+	33, // 59: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
+	35, // 60: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
+	37, // 61: muxproxy.plugin.v1.Host.Drain:output_type -> muxproxy.plugin.v1.DrainResponse
+	39, // 62: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
+	43, // 63: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
+	46, // 64: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
+	48, // 65: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
+	50, // 66: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
+	52, // 67: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
+	54, // 68: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
+	51, // [51:69] is the sub-list for method output_type
+	33, // [33:51] is the sub-list for method input_type
 	33, // [33:33] is the sub-list for extension type_name
 	33, // [33:33] is the sub-list for extension extendee
 	0,  // [0:33] is the sub-list for field type_name
@@ -3597,7 +3699,7 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 		(*CommandResponse_Stderr)(nil),
 		(*CommandResponse_Status)(nil),
 	}
-	file_core_plugin_pluginpb_plugin_proto_msgTypes[38].OneofWrappers = []any{
+	file_core_plugin_pluginpb_plugin_proto_msgTypes[40].OneofWrappers = []any{
 		(*ListenResponse_Address)(nil),
 		(*ListenResponse_Accepted)(nil),
 	}
@@ -3607,7 +3709,7 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_plugin_pluginpb_plugin_proto_rawDesc), len(file_core_plugin_pluginpb_plugin_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   50,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

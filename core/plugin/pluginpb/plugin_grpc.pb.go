@@ -353,9 +353,10 @@ var Plugin_ServiceDesc = grpc.ServiceDesc{
 
 const (
 	Host_Connections_FullMethodName = "/muxproxy.plugin.v1.Host/Connections"
-	Host_Resolve_FullMethodName     = "/muxproxy.plugin.v1.Host/Resolve"
 	Host_Connect_FullMethodName     = "/muxproxy.plugin.v1.Host/Connect"
+	Host_Resolve_FullMethodName     = "/muxproxy.plugin.v1.Host/Resolve"
 	Host_Close_FullMethodName       = "/muxproxy.plugin.v1.Host/Close"
+	Host_Drain_FullMethodName       = "/muxproxy.plugin.v1.Host/Drain"
 	Host_Dial_FullMethodName        = "/muxproxy.plugin.v1.Host/Dial"
 	Host_Listen_FullMethodName      = "/muxproxy.plugin.v1.Host/Listen"
 	Host_Decide_FullMethodName      = "/muxproxy.plugin.v1.Host/Decide"
@@ -373,10 +374,12 @@ const (
 // the policy gives with `may`, and reaches only hosts that have a block of the plugin. Without: PERMISSION_DENIED.
 type HostClient interface {
 	Connections(ctx context.Context, in *ConnectionsRequest, opts ...grpc.CallOption) (*ConnectionsResponse, error)
-	// Resolve says what a target means, and which block holds for it. It connects to nothing.
-	Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error)
 	Connect(ctx context.Context, in *ConnectRequest, opts ...grpc.CallOption) (*ConnectResponse, error)
+	// Resolve says what a target means and which block holds for it, without connecting.
+	Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error)
 	Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error)
+	// Drain lets a connection take no new clients; it ends with its last, at once if there is none.
+	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	// Dial opens a stream from the remote host. The ticket is good for one connection to the stream socket, for 10 s, and
 	// for processes of this plugin alone. See Ticket.
 	Dial(ctx context.Context, in *DialRequest, opts ...grpc.CallOption) (*DialResponse, error)
@@ -410,16 +413,6 @@ func (c *hostClient) Connections(ctx context.Context, in *ConnectionsRequest, op
 	return out, nil
 }
 
-func (c *hostClient) Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ResolveResponse)
-	err := c.cc.Invoke(ctx, Host_Resolve_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
 func (c *hostClient) Connect(ctx context.Context, in *ConnectRequest, opts ...grpc.CallOption) (*ConnectResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ConnectResponse)
@@ -430,10 +423,30 @@ func (c *hostClient) Connect(ctx context.Context, in *ConnectRequest, opts ...gr
 	return out, nil
 }
 
+func (c *hostClient) Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResolveResponse)
+	err := c.cc.Invoke(ctx, Host_Resolve_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hostClient) Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CloseResponse)
 	err := c.cc.Invoke(ctx, Host_Close_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainResponse)
+	err := c.cc.Invoke(ctx, Host_Drain_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -527,10 +540,12 @@ func (c *hostClient) Record(ctx context.Context, in *RecordRequest, opts ...grpc
 // the policy gives with `may`, and reaches only hosts that have a block of the plugin. Without: PERMISSION_DENIED.
 type HostServer interface {
 	Connections(context.Context, *ConnectionsRequest) (*ConnectionsResponse, error)
-	// Resolve says what a target means, and which block holds for it. It connects to nothing.
-	Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error)
 	Connect(context.Context, *ConnectRequest) (*ConnectResponse, error)
+	// Resolve says what a target means and which block holds for it, without connecting.
+	Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error)
 	Close(context.Context, *CloseRequest) (*CloseResponse, error)
+	// Drain lets a connection take no new clients; it ends with its last, at once if there is none.
+	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	// Dial opens a stream from the remote host. The ticket is good for one connection to the stream socket, for 10 s, and
 	// for processes of this plugin alone. See Ticket.
 	Dial(context.Context, *DialRequest) (*DialResponse, error)
@@ -557,14 +572,17 @@ type UnimplementedHostServer struct{}
 func (UnimplementedHostServer) Connections(context.Context, *ConnectionsRequest) (*ConnectionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Connections not implemented")
 }
-func (UnimplementedHostServer) Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method Resolve not implemented")
-}
 func (UnimplementedHostServer) Connect(context.Context, *ConnectRequest) (*ConnectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Connect not implemented")
 }
+func (UnimplementedHostServer) Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Resolve not implemented")
+}
 func (UnimplementedHostServer) Close(context.Context, *CloseRequest) (*CloseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Close not implemented")
+}
+func (UnimplementedHostServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
 }
 func (UnimplementedHostServer) Dial(context.Context, *DialRequest) (*DialResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Dial not implemented")
@@ -626,24 +644,6 @@ func _Host_Connections_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Host_Resolve_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(ResolveRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(HostServer).Resolve(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Host_Resolve_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(HostServer).Resolve(ctx, req.(*ResolveRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
 func _Host_Connect_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ConnectRequest)
 	if err := dec(in); err != nil {
@@ -662,6 +662,24 @@ func _Host_Connect_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Host_Resolve_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResolveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Resolve(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Resolve_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Resolve(ctx, req.(*ResolveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Host_Close_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CloseRequest)
 	if err := dec(in); err != nil {
@@ -676,6 +694,24 @@ func _Host_Close_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostServer).Close(ctx, req.(*CloseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Drain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Drain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Drain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Drain(ctx, req.(*DrainRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -811,16 +847,20 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Host_Connections_Handler,
 		},
 		{
-			MethodName: "Resolve",
-			Handler:    _Host_Resolve_Handler,
-		},
-		{
 			MethodName: "Connect",
 			Handler:    _Host_Connect_Handler,
 		},
 		{
+			MethodName: "Resolve",
+			Handler:    _Host_Resolve_Handler,
+		},
+		{
 			MethodName: "Close",
 			Handler:    _Host_Close_Handler,
+		},
+		{
+			MethodName: "Drain",
+			Handler:    _Host_Drain_Handler,
 		},
 		{
 			MethodName: "Dial",

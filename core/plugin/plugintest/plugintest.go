@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
@@ -123,19 +124,21 @@ func (s *Session) Authorize(t TB, block string, u *pluginpb.Use) *pluginpb.Decis
 }
 
 // Master is one with a single connection, number 1, to u@test.example.com. Streams that are dialled through it echo;
-// listening accepts one stream, which says "hello" and ends. The functions change that; they are set before the plugin is
-// configured, and called by many goroutines at once.
+// listening accepts one stream, which says "hello" and ends. What is exported changes that: it is set before the plugin is
+// configured, and functions are called by many goroutines at once.
 type Master struct {
 	pluginpb.UnimplementedHostServer
 
-	// Connects is what Connect does. It may return an error of package status.
-	Connects func(ctx context.Context, target string) (*pluginpb.Connection, error)
-	// Resolves is what Resolve does; nil: the target is the connection's and the first host block holds for it.
-	Resolves func(target string) (*pluginpb.ResolveResponse, error)
-	// Dials opens what Dial is asked for: in the place of the server, which refuses with a *plugin.RefusedError.
-	Dials func(ctx context.Context, r *pluginpb.DialRequest) (net.Conn, error)
-	// Listens listens in the place of the server. The forward ends with Accept's error.
-	Listens func(ctx context.Context, r *pluginpb.ListenRequest) (net.Listener, error)
+	// Block is the id of the plugin's block that holds for the connections.
+	Block string
+	// OnConnect answers Connect; nil: the connection that there is.
+	OnConnect func(target string) (*pluginpb.ConnectResponse, error)
+	// OnResolve answers Resolve; nil: the target is the connection's and Block holds for it.
+	OnResolve func(target string) (*pluginpb.ResolveResponse, error)
+	// OnDial opens what Dial is asked for, in the place of the server, which refuses with a *plugin.RefusedError.
+	OnDial func(ctx context.Context, r *pluginpb.DialRequest) (net.Conn, error)
+	// OnListen listens in the place of the server. The forward ends with Accept's error.
+	OnListen func(ctx context.Context, r *pluginpb.ListenRequest) (net.Listener, error)
 
 	stream   string
 	listener *net.UnixListener
@@ -143,8 +146,10 @@ type Master struct {
 
 	mu          sync.Mutex // guards what follows
 	connections []*pluginpb.Connection
+	set         bool // connections was
 	records     []string
 	notices     []string
+	drained     []uint64
 	kept        []byte
 	issued      int
 	tickets     map[string]net.Conn // what their stream is
@@ -155,8 +160,7 @@ type Master struct {
 // NewMaster makes a Master with a stream socket in dir. Stop ends it.
 func NewMaster(dir string) (*Master, error) {
 	m := &Master{
-		stream: filepath.Join(dir, "stream"), tickets: map[string]net.Conn{}, open: map[io.Closer]bool{},
-		connections: []*pluginpb.Connection{testConnection},
+		Block: "0", stream: filepath.Join(dir, "stream"), tickets: map[string]net.Conn{}, open: map[io.Closer]bool{},
 	}
 	var err error
 	if m.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: m.stream, Net: "unix"}); err != nil {
@@ -321,13 +325,20 @@ var testConnection = &pluginpb.Connection{
 func (m *Master) SetConnections(list ...*pluginpb.Connection) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.connections = list
+	m.connections, m.set = list, true
+}
+
+func (m *Master) listLocked() []*pluginpb.Connection {
+	if m.set {
+		return m.connections
+	}
+	return []*pluginpb.Connection{testConnection}
 }
 
 func (m *Master) connection(id uint64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, c := range m.connections {
+	for _, c := range m.listLocked() {
 		if c.GetId() == id {
 			return nil
 		}
@@ -335,28 +346,55 @@ func (m *Master) connection(id uint64) error {
 	return status.Errorf(codes.NotFound, "there is no connection %d", id)
 }
 
+// Connection returns the one that there is.
+func (m *Master) Connection() *pluginpb.Connection {
+	c := proto.CloneOf(testConnection)
+	c.Block = m.Block
+	return c
+}
+
 // Connections implements pluginpb.HostServer.
 func (m *Master) Connections(context.Context, *pluginpb.ConnectionsRequest) (*pluginpb.ConnectionsResponse, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return &pluginpb.ConnectionsResponse{Connections: slices.Clone(m.connections)}, nil
-}
-
-// Resolve implements pluginpb.HostServer.
-func (m *Master) Resolve(_ context.Context, r *pluginpb.ResolveRequest) (*pluginpb.ResolveResponse, error) {
-	if m.Resolves != nil {
-		return m.Resolves(r.GetTarget())
+	out := &pluginpb.ConnectionsResponse{}
+	for _, c := range m.listLocked() {
+		c = proto.CloneOf(c)
+		c.Block = m.Block
+		out.Connections = append(out.Connections, c)
 	}
-	return &pluginpb.ResolveResponse{Target: testConnection.GetTarget(), Block: "0"}, nil
+	return out, nil
 }
 
 // Connect implements pluginpb.HostServer.
-func (m *Master) Connect(ctx context.Context, r *pluginpb.ConnectRequest) (*pluginpb.ConnectResponse, error) {
-	c, err := testConnection, error(nil)
-	if m.Connects != nil {
-		c, err = m.Connects(ctx, r.GetTarget())
+func (m *Master) Connect(_ context.Context, r *pluginpb.ConnectRequest) (*pluginpb.ConnectResponse, error) {
+	if m.OnConnect != nil {
+		return m.OnConnect(r.GetTarget())
 	}
-	return &pluginpb.ConnectResponse{Connection: c}, err
+	return &pluginpb.ConnectResponse{Connection: m.Connection()}, nil
+}
+
+// Resolve implements pluginpb.HostServer: whatever it is, the connection is to it.
+func (m *Master) Resolve(_ context.Context, r *pluginpb.ResolveRequest) (*pluginpb.ResolveResponse, error) {
+	if m.OnResolve != nil {
+		return m.OnResolve(r.GetTarget())
+	}
+	return &pluginpb.ResolveResponse{Target: testConnection.GetTarget(), Block: m.Block}, nil
+}
+
+// Drain implements pluginpb.HostServer: the connection stays.
+func (m *Master) Drain(_ context.Context, r *pluginpb.DrainRequest) (*pluginpb.DrainResponse, error) {
+	m.mu.Lock()
+	m.drained = append(m.drained, r.GetConnection())
+	m.mu.Unlock()
+	return &pluginpb.DrainResponse{}, m.connection(r.GetConnection())
+}
+
+// Drained returns the connections that the plugin wanted to take no new clients.
+func (m *Master) Drained() []uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.drained)
 }
 
 // Close implements pluginpb.HostServer: the connection stays.
@@ -369,7 +407,7 @@ func (m *Master) Dial(ctx context.Context, r *pluginpb.DialRequest) (*pluginpb.D
 	if err := m.connection(r.GetConnection()); err != nil {
 		return nil, err
 	}
-	dial := m.Dials
+	dial := m.OnDial
 	if dial == nil {
 		dial = func(context.Context, *pluginpb.DialRequest) (net.Conn, error) { return m.fake("") }
 	}
@@ -393,8 +431,8 @@ func (m *Master) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreamingServe
 		c, err := m.fake("hello")
 		return c, "192.0.2.1:4444", err
 	}
-	if m.Listens != nil {
-		l, err := m.Listens(out.Context(), r)
+	if m.OnListen != nil {
+		l, err := m.OnListen(out.Context(), r)
 		if err != nil {
 			return err
 		}
@@ -418,7 +456,7 @@ func (m *Master) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreamingServe
 		err = out.Send(&pluginpb.ListenResponse{Event: &pluginpb.ListenResponse_Accepted{
 			Accepted: &pluginpb.Accepted{Ticket: m.ticket(c, nil), Origin: origin},
 		}})
-		if m.Listens == nil {
+		if m.OnListen == nil {
 			<-out.Context().Done()
 			return out.Context().Err()
 		}

@@ -407,8 +407,8 @@ func TestHandOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	s.Master.Listens = func(context.Context, *pluginpb.ListenRequest) (net.Listener, error) { return l, nil }
-	s.Master.Dials = func(_ context.Context, r *pluginpb.DialRequest) (net.Conn, error) {
+	s.Master.OnListen = func(context.Context, *pluginpb.ListenRequest) (net.Listener, error) { return l, nil }
+	s.Master.OnDial = func(_ context.Context, r *pluginpb.DialRequest) (net.Conn, error) {
 		if r.GetAddress() == "no:1" {
 			return nil, &plugin.RefusedError{Reason: 2, Message: "no"}
 		}
