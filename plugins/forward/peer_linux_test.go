@@ -19,8 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const canTell = true // whose connection it is
-
 // pair returns both ends of a connection.
 func pair(t *testing.T, network, address string) (near, far net.Conn) {
 	t.Helper()
