@@ -268,6 +268,13 @@ func TestForwardsComeBack(t *testing.T) {
 		eventually(t, "the plugin is there again", func() bool { p := w.plugins()[0]; return p.PID != pid && p.State == "up" })
 		check("after the plugin was killed")
 
+		// A new master takes over: its plugin opens what the old one's has closed.
+		if r := w.mux("master", "restart"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		w.allOpen(3)
+		check("after the master was restarted")
+
 		want(t, w.mux("lock"), 0, "locked until `muxproxy unlock`\n")
 		if c, err := net.Dial("tcp", near); err == nil {
 			c.SetDeadline(time.Now().Add(patience))
