@@ -9,7 +9,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -79,7 +78,8 @@ func TestAKeptConnectionHoldsNothingOfItsFirstClient(t *testing.T) {
 		want(t, w.ssh("box", "true"), 0, "")
 		w.kept()
 		for _, c := range []struct{ line, out string }{
-			{`"$@" box 'echo out; echo err >&2' 2>&1 | cat`, "out\nerr\n"},
+			{`"$@" box 'echo out; exit 3' 2>&1 | cat`, "out\n"},
+			{`"$@" box 'echo err >&2' 2>&1 | cat`, "err\n"},
 			{`echo in | "$@" box cat | cat`, "in\n"},
 			{`"$@" -f box 'sleep 0.3; echo later' 2>&1 | cat`, "later\n"},
 			{`"$@" -f box true 2>&1 | cat`, ""},
@@ -300,9 +300,9 @@ func TestConnect(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		for pid, args := range processes() {
-			if strings.Contains(strings.Join(args, " "), "LocalCommand=") {
+			if line := strings.Join(args, " "); strings.Contains(line, "LocalCommand=") && strings.Contains(line, w.dir) {
 				t.Errorf("left behind: %d %q", pid, args)
-				syscall.Kill(pid, syscall.SIGKILL)
+				kill9(pid)
 			}
 		}
 	})

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"syscall"
@@ -39,7 +40,10 @@ func (j *judge) Configure(_ context.Context, c *plugin.Config) (problems plugin.
 	j.host = c.Host
 	for _, b := range c.Hosts {
 		for i, kind := range b.Value.(*judgeBlock).Deny {
-			if kind == "nonsense" {
+			switch kind {
+			case "crash":
+				os.Exit(3)
+			case "nonsense":
 				problems = append(problems, b.Errorf(plugin.Path{"deny", i}, "there is no kind %q", kind))
 			}
 		}
@@ -123,6 +127,11 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		return j.host.Close(ctx, c.ID)
 	}
 	return fmt.Errorf("no verb %q", verb)
+}
+
+// judgedFor is judged for other hosts.
+func judgedFor(hosts, may, block string) string {
+	return strings.Replace(judged(may, block), `"127.0.0.1"`, hosts, 1)
 }
 
 // judged is a policy with the judge, whose capabilities and block are given.
@@ -324,33 +333,36 @@ func TestAPluginKeepsConnections(t *testing.T) {
 	})
 }
 
+// echo is the address of a server that sends back what it gets. It ends with the test.
+func (w *world) echo(network, address string) string {
+	w.t.Helper()
+	l, err := net.Listen(network, address)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				io.Copy(struct{ io.Writer }{c}, c)
+				c.Close()
+			}()
+		}
+	}()
+	return l.Addr().String()
+}
+
 // What plugins do through the master, with the capability and without.
 func TestAPluginActs(t *testing.T) {
 	if !muxproxyOnly(t) {
 		return
 	}
 	forPipes(t, func(t *testing.T, w *world) {
-		echo := func(network, address string) net.Listener {
-			l, err := net.Listen(network, address)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { l.Close() })
-			go func() {
-				for {
-					c, err := l.Accept()
-					if err != nil {
-						return
-					}
-					go func() {
-						io.Copy(struct{ io.Writer }{c}, c)
-						c.Close()
-					}()
-				}
-			}()
-			return l
-		}
-		tcp, unix := echo("tcp", "127.0.0.1:0").Addr().String(), echo("unix", w.path("echo.sock")).Addr().String()
+		tcp, unix := w.echo("tcp", "127.0.0.1:0"), w.echo("unix", w.path("echo.sock"))
 		config := "master {\n  ssh_config = \"" + w.conf + "\"\n}\n"
 		w.policy(config + judged(`["connect", "dial", "listen", "notify", "close"]`, ""))
 		if r := w.mux("master", "start"); r.status != 0 {
@@ -421,5 +433,185 @@ func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 		kill9(w.mustStatus().PID)
 		eventually(t, "the plugin is gone", func() bool { return gone(pid) })
 		want(t, w.ssh("box", "echo again"), 0, "again\n")
+	})
+}
+
+// The examples do their job.
+func TestTheExamples(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		dir := w.path("home/.local/share/muxproxy/plugins")
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{
+			{"go", "build", "-buildvcs=false", "-o", dir + "/muxproxy-plugin-officehours", "../examples/officehours"},
+			{"../examples/auditlog/generate", dir},
+			{"install", "-m", "755", "../examples/auditlog/muxproxy-plugin-auditlog", dir},
+		} {
+			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+				t.Fatalf("%q: %v\n%s", args, err, out)
+			}
+		}
+		from, to := "13:00", "14:00"
+		if time.Now().Hour() >= 12 {
+			from, to = "01:00", "02:00"
+		}
+		w.policy(fmt.Sprintf(`
+plugin "auditlog" {
+  may  = ["observe"]
+  file = %q
+}
+host "127.0.0.1" {
+  officehours {
+    from  = %q
+    to    = %q
+    kinds = ["shell"]
+  }
+  auditlog {}
+}
+`, w.path("uses.jsonl"), from, to))
+		if r := w.mux("config", "check"); r.status != 0 {
+			t.Errorf("config check: %+v", r)
+		}
+		want(t, w.ssh("box", "echo a command"), 0, "a command\n")
+		r := w.ssh("box")
+		if want(t, r, 255, ""); !strings.Contains(r.err, "denied by officehours: it is ") ||
+			!strings.Contains(r.err, "; come back between "+from+" and "+to) {
+			t.Errorf("stderr %q", r.err)
+		}
+		for _, p := range w.plugins() {
+			if p.State != "up" {
+				t.Errorf("%+v", p)
+			}
+		}
+		type line struct {
+			Event, Use, Host, User, Program, By, Result string
+			Allowed                                     bool
+		}
+		wanted := []line{
+			{Event: "decision", Use: "exec", Host: "127.0.0.1", User: me, Program: "echo", Allowed: true},
+			{Event: "end", Use: "exec", Host: "127.0.0.1", User: me, Program: "echo", Result: "exit"},
+			{Event: "decision", Use: "shell", Host: "127.0.0.1", User: me, By: "officehours"},
+		}
+		eventually(t, "the uses are in the file", func() bool {
+			b, err := os.ReadFile(w.path("uses.jsonl"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			missing := slices.Clone(wanted)
+			for text := range strings.Lines(string(b)) {
+				var l line
+				if json.Unmarshal([]byte(text), &l) != nil {
+					return false // it is still being written
+				}
+				missing = slices.DeleteFunc(missing, func(o line) bool { return o == l })
+			}
+			return len(missing) == 0
+		})
+		if r := w.mux("auditlog", "1"); r.status != 0 || strings.Count(r.out, "\n") != 1 || !strings.HasPrefix(r.out, `{"time": "`) {
+			t.Errorf("muxproxy auditlog: %+v", r)
+		}
+		want(t, w.mux("auditlog", "many"), 2, "")
+		w.policy(strings.Replace(w.read("config/muxproxy/config.hcl"), `to    = "`+to, `to    = "00:30`, 1))
+		if r := w.mux("master", "reload"); r.status != 1 ||
+			!strings.Contains(r.err, `config.hcl:9:13: officehours: the day is over at 00:30, before it begins at `+from) {
+			t.Errorf("reload: %+v", r)
+		}
+	})
+}
+
+// A master that drains and the one after it have plugins each, and neither is in the other's way.
+func TestTwoMastersHavePlugins(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		config := "master {\n  ssh_config = \"" + w.conf + "\"\n}\n" + judged(`["connect", "dial"]`, `    deny = ["shell"]`)
+		w.policy(config)
+		echo := w.echo("tcp", "127.0.0.1:0")
+		held := w.hold()
+		old := w.mustStatus().PID
+		if r := w.mux("master", "stop", "--drain"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		want(t, w.ssh("box", "echo next"), 0, "next\n")
+		if w.mustStatus().PID == old {
+			t.Fatal("no other master has come")
+		}
+		judges := func(when string) {
+			t.Helper()
+			if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: no shell") {
+				t.Errorf("%s: %+v", when, r)
+			}
+			want(t, w.mux("judge", "dial", "box", echo), 0, "ping")
+		}
+		judges("beside the old master")
+		held.release()
+		eventually(t, "the old master has ended", func() bool { return gone(old) })
+		judges("after the old master")
+		p := w.plugins()[0]
+		if p.State != "up" {
+			t.Fatalf("%+v", p)
+		}
+		kill9(p.PID)
+		eventually(t, "the plugin is started again", func() bool { q := w.plugins()[0]; return q.State == "up" && q.PID != p.PID })
+		judges("after a crash")
+	})
+}
+
+// A plugin that can't be started, or does not take its configuration, denies what its blocks cover. It keeps no master
+// from starting, nor from being told what to do, and is tried again.
+func TestAPluginThatDoesNotStart(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		script := w.write("mute", "#!/bin/sh\nexec sleep 3600\n")
+		if err := os.Chmod(script, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		policy := judgedFor(`"127.0.0.1"`, "[]", `    when = use.kind == "shell"`)
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		mute := strings.Replace(policy, exe, script, 1)
+		for what, text := range map[string]string{
+			"no answer": mute, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
+		} {
+			w.policy(text)
+			if r := w.ssh("box", "echo others"); r.status != 0 || r.out != "others\n" {
+				t.Errorf("%s: others: %+v", what, r)
+			}
+			if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: the plugin failed") {
+				t.Errorf("%s: %+v", what, r)
+			}
+			if r := w.mux("master", "stop"); r.status != 0 {
+				t.Fatalf("%s: %+v", what, r)
+			}
+		}
+		// It covers all hosts, also the one that commands without a host are about.
+		w.policy(strings.Replace(judgedFor(`"*"`, "[]", ""), exe, script, 1))
+		if r := w.ssh("box", "true"); r.status != 255 || !strings.Contains(r.err, "denied by judge: the plugin failed") {
+			t.Errorf("%+v", r)
+		}
+		w.reload(judgedFor(`"*"`, "[]", ""))
+		want(t, w.ssh("box", "echo better"), 0, "better\n")
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		// The executable comes later; nobody has to say so.
+		late := w.path("late")
+		w.policy(strings.Replace(judgedFor(`"*"`, "[]", ""), exe, late, 1))
+		if r := w.ssh("box", "true"); r.status != 255 {
+			t.Errorf("%+v", r)
+		}
+		if err := os.Symlink(exe, late); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the plugin is there, and judges", func() bool { return w.ssh("box", "true").status == 0 })
 	})
 }

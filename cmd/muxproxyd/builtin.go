@@ -5,11 +5,13 @@ import (
 	"slices"
 
 	"github.com/muxproxy/muxproxy/core/plugin"
+	"github.com/muxproxy/muxproxy/plugins/confirm"
 	"github.com/muxproxy/muxproxy/plugins/persist"
 )
 
 // builtIns are the plugins that this program is when it is started as "muxproxyd plugin NAME" by a master.
 var builtIns = map[string]func() plugin.Plugin{
+	"confirm": confirm.New,
 	"persist": persist.New,
 }
 

@@ -99,8 +99,9 @@ type Backend interface {
 	// use.ErrPassphrase.
 	Lock(ctx context.Context, by use.Caller, passphrase []byte) error
 	Unlock(ctx context.Context, by use.Caller, passphrase []byte) (use.LockState, error)
-	// HostKeys returns the public halves of the plain local host keys and of the CA, in authorized_keys form.
-	HostKeys() (plain, ca []string)
+	// HostKeys returns the public halves of the plain local host keys and of the CAs, in authorized_keys form: of all types,
+	// or, if made is set, of those that have been made.
+	HostKeys(made bool) (plain, ca []string)
 	// Dump is text for a bug report: goroutines and state, no secrets.
 	Dump() string
 }

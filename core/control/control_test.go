@@ -76,7 +76,10 @@ func (b *backend) Unlock(ctx context.Context, by use.Caller, passphrase []byte) 
 	}
 	return use.LockState{Locked: true, By: []string{"screen"}}, b.called(ctx, by, "unlock "+string(passphrase))
 }
-func (b *backend) HostKeys() (plain, ca []string) {
+func (b *backend) HostKeys(made bool) (plain, ca []string) {
+	if made {
+		return nil, []string{"made"}
+	}
 	return []string{"ecdsa", "ed25519"}, []string{"ca"}
 }
 func (b *backend) Dump() string { return "goroutine 1\xff" }
@@ -228,7 +231,10 @@ func TestCalls(t *testing.T) {
 	if left, err := m.Unlock(t.Context(), []byte("wrong")); !errors.Is(err, use.ErrPassphrase) || left.By[0] != "person" {
 		t.Errorf("Unlock: %+v, %v", left, err)
 	}
-	if plain, ca, err := m.HostKeys(t.Context()); err != nil || len(plain) != 2 || len(ca) != 1 || ca[0] != "ca" {
+	if plain, ca, err := m.HostKeys(t.Context(), true); err != nil || len(plain) != 0 || len(ca) != 1 || ca[0] != "made" {
+		t.Errorf("HostKeys that are made: %q, %q, %v", plain, ca, err)
+	}
+	if plain, ca, err := m.HostKeys(t.Context(), false); err != nil || len(plain) != 2 || len(ca) != 1 || ca[0] != "ca" {
 		t.Errorf("HostKeys: %q, %q, %v", plain, ca, err)
 	}
 	if text, err := m.Dump(t.Context()); err != nil || text != "goroutine 1\xff" {

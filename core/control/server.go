@@ -148,8 +148,8 @@ func (s *server) Unlock(ctx context.Context, r *controlpb.UnlockRequest) (*contr
 	return &controlpb.UnlockResponse{Lock: lockToPB(state)}, nil
 }
 
-func (s *server) HostKeys(context.Context, *controlpb.HostKeysRequest) (*controlpb.HostKeysResponse, error) {
-	plain, ca := s.backend.HostKeys()
+func (s *server) HostKeys(_ context.Context, r *controlpb.HostKeysRequest) (*controlpb.HostKeysResponse, error) {
+	plain, ca := s.backend.HostKeys(r.GetMade())
 	return &controlpb.HostKeysResponse{Plain: each(plain, text), Ca: each(ca, text)}, nil
 }
 

@@ -91,7 +91,7 @@ func (b backend) Connect(ctx context.Context, by pluginhost.Actor, t use.Target)
 		permit.End(use.Result{Status: "refused", Err: err.Error()})
 		return pluginhost.Connection{}, err
 	}
-	b.m.wg.Go(func() {
+	lease.Go(func() {
 		select {
 		case <-time.After(holdTime):
 		case <-b.m.ending:

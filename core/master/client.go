@@ -31,6 +31,8 @@ const (
 	helloTime = 10 * time.Second
 	// resolveTime bounds `ssh -G` in the bridge, a Match exec included.
 	resolveTime = time.Minute
+	// maxAsked is how often a person may answer neither yes nor no.
+	maxAsked = 3
 	// noteTime bounds the write of a note to a bridge that does not read.
 	noteTime = time.Second
 )
@@ -392,10 +394,16 @@ func (c *client) acquire(spec pool.Spec, failed func(error)) *login {
 	ctx, cancel := context.WithCancel(c.ctx)
 	l.cancel = cancel
 	u := use.Use{Kind: use.Attach, Client: c.id, Caller: c.caller(), Target: c.target}
+	person := func(ctx context.Context, question string) (bool, error) {
+		if spec.Connected != nil {
+			spec.Connected() // ssh asks once it speaks with us; a bridge in its way would wait for the host
+		}
+		return c.confirm(ctx, question)
+	}
 	go func() {
 		defer close(l.done)
 		var denied *use.Denied
-		if l.permit, denied = c.master.gate.Decide(ctx, u, c.say); denied != nil {
+		if l.permit, denied = c.master.gate.Decide(use.WithPerson(ctx, person), u, c.say); denied != nil {
 			l.err = denied
 		} else {
 			l.lease, l.err = c.master.pool.Acquire(ctx, l.permit, spec, c)
@@ -513,6 +521,29 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 		c.answered.Store(true)
 	}
 	return answers, err
+}
+
+// confirm is a use.Person: the user's own ssh asks, on its terminal, until it has been let in.
+func (c *client) confirm(ctx context.Context, question string) (bool, error) {
+	if !c.hasTerminal() {
+		return false, use.ErrNobody
+	}
+	prompt := question + " [yes/no] "
+	for range maxAsked {
+		answers, err := c.Ask(ctx, pool.Question{Title: "muxproxy", Prompts: []pool.Prompt{{Text: prompt, Echo: true}}})
+		switch {
+		case errors.Is(err, pool.ErrNobody):
+			return false, use.ErrNobody
+		case err != nil:
+			return false, err
+		case strings.EqualFold(strings.TrimSpace(answers[0]), "yes"):
+			return true, nil
+		case strings.EqualFold(strings.TrimSpace(answers[0]), "no"):
+			return false, nil
+		}
+		prompt = "please type yes or no: "
+	}
+	return false, nil
 }
 
 // hasTerminal tells whether the ssh at this client has a terminal to ask at.

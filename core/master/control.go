@@ -238,7 +238,10 @@ func (m *Master) Stop(ctx context.Context, by use.Caller, drain bool) error {
 }
 
 // HostKeys implements control.Backend.
-func (m *Master) HostKeys() (plain, ca []string) {
+func (m *Master) HostKeys(made bool) (plain, ca []string) {
+	if made {
+		return m.authority.Made()
+	}
 	plain, ca, err := m.authority.Keys()
 	if err != nil {
 		m.log.Error().Err(err).Msg("local host keys")

@@ -188,12 +188,11 @@ func (m *Master) run(ctx context.Context) error {
 		m.log.Error().Err(err).Msg("lock")
 	}
 	m.plugins = pluginhost.New(pluginhost.Options{
-		Dir: m.opts.Dirs.Runtime, State: m.opts.Dirs.State, Env: pluginhost.Environment(m.opts.Getenv), Backend: backend{m},
-		Log: m.log,
+		Dir: m.sockets, State: m.opts.Dirs.State, Env: pluginhost.Environment(m.opts.Getenv), Backend: backend{m}, Log: m.log,
 	})
 	m.locked.Store(m.lock.State().Locked)
 	m.lock.OnChange(m.lockChanged)
-	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, use.ByPolicy(m.policy.lookup), m.plugins.Check)
+	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, m.plugins.Check)
 	m.authority, err = local.NewAuthority(m.knownHosts.add)
 	if err != nil {
 		return fmt.Errorf("the local host keys: %w", err)
@@ -204,6 +203,7 @@ func (m *Master) run(ctx context.Context) error {
 		}
 	}()
 	m.pool = pool.New(&upstream.Dialer{Log: m.log}, keeper{m.plugins}, m.gate, m.log)
+	defer m.plugins.Wait()
 	defer m.pool.Close()
 	defer m.wg.Wait()
 	end := sync.OnceFunc(func() { close(m.ending) })

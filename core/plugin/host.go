@@ -121,6 +121,24 @@ func (h *Host) Decide(ctx context.Context, id string, d Decision) error {
 	return hostError(err)
 }
 
+// ErrNobody is the error of Ask where nobody can be asked.
+var ErrNobody = errors.New("the client can't ask its person")
+
+// Ask puts a question, one line, to the person at the client of one of this plugin's own pending uses, by its Request's
+// ID, and waits for a yes or a no. The client's own ssh does the asking, on its terminal; it can before it has been let
+// in, that is, for uses of the kind "attach". Else, and where ssh has no terminal or is in BatchMode, the error is
+// ErrNobody. It needs no capability.
+func (h *Host) Ask(ctx context.Context, id, question string) (yes bool, err error) {
+	r, err := h.client.Ask(ctx, &pluginpb.AskRequest{Id: id, Question: question})
+	switch {
+	case err != nil:
+		return false, hostError(err)
+	case r.GetAnswer() == pluginpb.AskResponse_ANSWER_UNSPECIFIED:
+		return false, ErrNobody
+	}
+	return r.GetAnswer() == pluginpb.AskResponse_ANSWER_YES, nil
+}
+
 // Notify shows a line to the clients of a connection. It needs CanNotify.
 func (h *Host) Notify(ctx context.Context, connection uint64, line string) error {
 	_, err := h.client.Notify(ctx, &pluginpb.NotifyRequest{Connection: connection, Message: line})

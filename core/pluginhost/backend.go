@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -79,4 +80,23 @@ type Backend interface {
 	Record(by Actor, event, target, detail string)
 	// Notify shows a line, which is escaped, to the clients of a connection.
 	Notify(ctx context.Context, by Actor, connection uint64, line string) error
+}
+
+// nowhere is the Backend where there is no master: plugins are only asked what they are.
+type nowhere struct{}
+
+var errNowhere = errors.New("there is no master here")
+
+func (nowhere) Connections() []Connection                           { return nil }
+func (nowhere) Resolve(context.Context, string) (use.Target, error) { return use.Target{}, errNowhere }
+func (nowhere) Close(context.Context, Actor, uint64) error          { return errNowhere }
+func (nowhere) Drain(context.Context, Actor, uint64) error          { return errNowhere }
+func (nowhere) Dial(context.Context, Actor, Dial) (Stream, error)   { return nil, errNowhere }
+func (nowhere) Notify(context.Context, Actor, uint64, string) error { return errNowhere }
+func (nowhere) Record(Actor, string, string, string)                {}
+func (nowhere) Connect(context.Context, Actor, use.Target) (Connection, error) {
+	return Connection{}, errNowhere
+}
+func (nowhere) Listen(context.Context, Actor, uint64, string, string) (Listener, error) {
+	return nil, errNowhere
 }

@@ -90,7 +90,7 @@ func blocksToPB(d *Described, blocks []Block) ([]*pluginpb.Block, error) {
 		if err != nil {
 			return fmt.Errorf("its block can't be sent: %w", err)
 		}
-		out = append(out, &pluginpb.Block{Id: b.ID, Kind: kind, Value: value, Hosts: b.Hosts})
+		out = append(out, &pluginpb.Block{Id: b.ID, Kind: kind, Value: value, Hosts: b.Hosts, Pos: utf8(b.Pos)})
 		return nil
 	}
 	for _, b := range blocks {

@@ -126,6 +126,13 @@ func (q *events) take() (*pluginpb.Event, uint64) {
 	return e, lost
 }
 
+// clear forgets what waits.
+func (q *events) clear() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.queue, q.lost = nil, 0
+}
+
 func (q *events) dropped() uint64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()

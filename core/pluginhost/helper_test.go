@@ -97,6 +97,12 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 		}
 		<-ctx.Done()
 		return plugin.Allow()
+	case "ask-client":
+		yes, err := j.cfg.Host.Ask(ctx, r.ID, "shall I?\x1b")
+		if other, foreign := j.cfg.Host.Ask(ctx, "not-"+r.ID, "?"); other || foreign == nil {
+			return plugin.Deny("asked about a use that is not its own", "")
+		}
+		return plugin.Deny(fmt.Sprint(yes, " ", err), r.Pos)
 	case "silent":
 		<-ctx.Done()
 		return plugin.Allow()
@@ -263,7 +269,7 @@ func (j *judge) Observe(_ context.Context, e plugin.Event) {
 	if b, ok := e.Connection.Block.(*judgeBlock); ok {
 		host = e.Connection.Target.Host + " " + b.Do
 	}
-	j.cfg.Log.Info().Str("event", e.Kind).Str("host", host).Uint64("dropped", e.Dropped).Msg("observed")
+	j.cfg.Log.Info().Str("event", e.Kind+e.ID).Str("host", host).Bool("allowed", e.Allowed).Uint64("dropped", e.Dropped).Msg("observed")
 }
 
 func newJudge(name string) *judge {

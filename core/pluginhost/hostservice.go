@@ -233,16 +233,27 @@ func (h *hostService) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreaming
 	return err
 }
 
+func (h *hostService) Ask(ctx context.Context, r *pluginpb.AskRequest) (*pluginpb.AskResponse, error) {
+	yes, err := h.p.m.askOwn(ctx, h.p.spec.Name, r.GetId(), r.GetQuestion())
+	switch {
+	case errors.Is(err, use.ErrNobody):
+		return &pluginpb.AskResponse{}, nil
+	case errors.Is(err, ErrNotPending):
+		return nil, status.Error(codes.NotFound, err.Error())
+	case err != nil:
+		return nil, failed(err)
+	case yes:
+		return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_YES}, nil
+	}
+	return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_NO}, nil
+}
+
 func (h *hostService) Decide(_ context.Context, r *pluginpb.DecideRequest) (*pluginpb.DecideResponse, error) {
 	if err := h.may(plugin.CanDecide); err != nil {
 		return nil, err
 	}
-	var d *use.Denied
-	switch r.GetDecision().GetVerdict() {
-	case pluginpb.Decision_VERDICT_ALLOW, pluginpb.Decision_VERDICT_NO_OPINION:
-	case pluginpb.Decision_VERDICT_DENY:
-		d = h.p.decided(r.GetDecision())
-	default:
+	d, ok := h.p.decided(r.GetDecision())
+	if !ok {
 		return nil, status.Error(codes.InvalidArgument, "a decision that is none")
 	}
 	if err := h.p.m.decideOwn(h.p.spec.Name, r.GetId(), d); err != nil {

@@ -102,7 +102,7 @@ func TestBroken(t *testing.T) {
 		}
 	}
 	blocks := []Block{block("good", "h", "allow")}
-	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true); len(problems) > 0 {
+	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true, nil); len(problems) > 0 {
 		t.Error(problems)
 	}
 	if d := w.check(use.Exec, "h"); d != nil {
@@ -121,7 +121,7 @@ func TestMisbehaved(t *testing.T) {
 		}
 	}
 	blocks := []Block{block("junk", "h", "allow"), block("forks", "h", "allow"), block("stubborn", "h", "allow")}
-	problems = set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true)
+	problems = set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true, nil)
 	if len(problems) != 1 || problems[0].Error() != "config.hcl:3: plugin bad: it can't be configured: it has ended" {
 		t.Errorf("%v", problems)
 	}
@@ -197,13 +197,13 @@ func playMaster(dir string) {
 	if err != nil {
 		os.Exit(1)
 	}
-	m := New(Options{Dir: dir, State: dir, Backend: &fakeBackend{}, Log: zerolog.Nop(), Env: []string{"PATH=" + os.Getenv("PATH")}})
+	m := New(Options{Dir: func() string { return dir }, State: dir, Backend: &fakeBackend{}, Log: zerolog.Nop(), Env: []string{"PATH=" + os.Getenv("PATH")}})
 	var specs []Plugin
 	for _, mode := range []string{"judge", "forks", "stubborn"} {
 		specs = append(specs, Plugin{Name: mode, Path: exe, Args: mode + " " + mode, May: []string{"observe"}})
 	}
 	set, problems := m.Prepare(context.Background(), specs)
-	problems = append(problems, set.Apply(context.Background(), nil, hosts{}, specs, true)...)
+	problems = append(problems, set.Apply(context.Background(), nil, hosts{}, specs, true, nil)...)
 	for _, p := range problems {
 		if !p.Warning {
 			fmt.Println(p)
@@ -254,11 +254,11 @@ func TestMasterKilled(t *testing.T) {
 	for _, pid := range pids {
 		waitGone(t, pid)
 	}
-	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins", "*")); len(left) != 3 {
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins*", "p*")); len(left) != 3 {
 		t.Errorf("left: %q", left)
 	}
 	w.run([]Plugin{spec(t, "a", "")})
-	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins", "*")); len(left) != 1 {
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins*", "p*")); len(left) != 1 {
 		t.Errorf("the next master has: %q", left)
 	}
 }
@@ -403,20 +403,20 @@ func TestTickets(t *testing.T) {
 		return hex.EncodeToString(id)
 	}
 	id := issue()
-	if _, out := w.command("b", "spend", w.m.streams.path, id); out != refused {
+	if _, out := w.command("b", "spend", w.m.streams.place().listener.Path(), id); out != refused {
 		t.Errorf("another plugin: %s", out)
 	}
 	var out bytes.Buffer
-	if spend(w.m.streams.path, id, &out); out.String() != refused {
+	if spend(w.m.streams.place().listener.Path(), id, &out); out.String() != refused {
 		t.Errorf("a stranger: %s", out.String())
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, id); out != `"\x00hello"` {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), id); out != `"\x00hello"` {
 		t.Errorf("its owner: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, id); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), id); out != refused {
 		t.Errorf("a second time: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, strings.Repeat("00", ticketSize)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), strings.Repeat("00", ticketSize)); out != refused {
 		t.Errorf("a guess: %s", out)
 	}
 	w.m.o.Timing.Ticket = time.Millisecond
@@ -429,7 +429,7 @@ func TestTickets(t *testing.T) {
 		t.Errorf("an old ticket's stream: %v", err)
 	}
 	far.Close()
-	if _, out := w.command("a", "spend", w.m.streams.path, hex.EncodeToString(late)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), hex.EncodeToString(late)); out != refused {
 		t.Errorf("too late: %s", out)
 	}
 	// Those that a plugin leaves behind end with it.
@@ -521,7 +521,7 @@ func TestReload(t *testing.T) {
 	if got := len(set.Described()); got != 3 {
 		t.Errorf("%d described", got)
 	}
-	problems := set.Apply(t.Context(), blocks, lookupOf(blocks), newcomer, false)
+	problems := set.Apply(t.Context(), blocks, lookupOf(blocks), newcomer, false, nil)
 	if len(problems) != 2 || problems[0].Error() != `config.hcl:3: plugin b: that word is bad\x1b` || problems[0].Warning || !problems[1].Warning ||
 		!problems[0].Path.Equals(cty.GetAttrPath("rule").IndexInt(1).GetAttr("words").IndexInt(0)) ||
 		!problems[1].Path.Equals(cty.GetAttrPath("limits").IndexString("a")) {
@@ -536,7 +536,7 @@ func TestReload(t *testing.T) {
 	blocks[2] = own(false)
 	blocks[0].ID, blocks[1].ID = "a/new", "b/new" // the hosts are other ones now
 	set, _ = w.m.Prepare(t.Context(), specs)
-	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, false); len(problems) != 0 {
+	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, false, nil); len(problems) != 0 {
 		t.Error(problems)
 	}
 	if d := w.check(use.Exec, "h"); d != nil {
@@ -552,7 +552,7 @@ func TestReload(t *testing.T) {
 	}
 	// None mentioned: none runs.
 	set, _ = w.m.Prepare(t.Context(), nil)
-	set.Apply(t.Context(), nil, hosts{}, nil, false)
+	set.Apply(t.Context(), nil, hosts{}, nil, false, nil)
 	for name, pid := range was {
 		waitGone(t, pid)
 		if _, err := w.m.Command(t.Context(), name, nil, io.Discard, io.Discard); err != ErrNoVerb {
@@ -569,12 +569,12 @@ func TestLongPath(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(long) })
-	w.m.o.Dir = long
+	w.m.o.Dir = func() string { return long }
 	w.run([]Plugin{spec(t, "a", "")}, block("a", "h", "deny"))
 	if d := w.check(use.Exec, "h"); d == nil {
 		t.Error("the plugin was not asked")
 	}
-	short := filepath.Dir(w.m.streams.dir)
+	short := filepath.Dir(w.m.streams.place().dir)
 	w.m.Close()
 	if _, err := os.Stat(short); !os.IsNotExist(err) {
 		t.Errorf("%s is left: %v", short, err)

@@ -80,6 +80,13 @@ func (p *Pool) goLocked(f func()) {
 	p.wg.Go(f)
 }
 
+// spawn is goLocked for those who do not hold Pool.mu. Plugins may still open channels and forwards while Close runs.
+func (p *Pool) spawn(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.goLocked(f)
+}
+
 var errClosed = errors.New("the master is stopping")
 
 // flightKey names what one dial serves: the sharing key, the agent that may log in, and the agent that is forwarded.
@@ -404,7 +411,7 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		f.err = f.reason
 	} else {
 		for _, w := range f.waiters {
-			w.again = w.late
+			w.again = w.late || spec.Silent && !w.spec.Silent // a login without its person says nothing about one with
 		}
 	}
 	close(f.done)

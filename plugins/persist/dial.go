@@ -13,6 +13,9 @@ import (
 	"github.com/muxproxy/muxproxy/core/plugin"
 )
 
+// restTime is the time between two looks whether something may be dialled again.
+const restTime = time.Minute
+
 // dialTime bounds one try, a login that stalls included.
 const dialTime = 2 * time.Minute
 
@@ -164,7 +167,7 @@ func (p *persist) run(ctx context.Context, s *series) {
 			return
 		}
 		if p.resting() {
-			wait = -1 // until it is poked
+			wait = restTime // or until it is poked
 			continue
 		}
 		if !wall().Before(until) {
@@ -204,7 +207,7 @@ func (p *persist) run(ctx context.Context, s *series) {
 func (p *persist) resting() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.locked || p.asleep
+	return p.locked || p.sleepingLocked()
 }
 
 // try makes the connection if policy wants it.

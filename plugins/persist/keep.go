@@ -88,7 +88,7 @@ func (p *persist) Retain(_ context.Context, i *plugin.Idle) time.Time {
 	switch {
 	case p.locked && r.closeLocked:
 		until, why = now, "muxproxy is locked"
-	case p.asleep && r.closeAsleep:
+	case p.sleepingLocked() && r.closeAsleep:
 		until, why = now, "the machine goes to sleep"
 	}
 	k := p.noteLocked(c, r)

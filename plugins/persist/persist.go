@@ -23,6 +23,10 @@ type master interface {
 	Record(ctx context.Context, event, target, detail string) error
 }
 
+// sleepTime is how long after the event sleep it is believed, by a clock that stands still meanwhile: the one that tells of
+// the end may not come.
+const sleepTime = time.Minute
+
 // callTime bounds a call to the master that waits for nobody.
 const callTime = 5 * time.Second
 
@@ -38,10 +42,10 @@ type persist struct {
 	mu     sync.Mutex // guards what follows
 	master master     // nil before the first Configure
 	log    zerolog.Logger
-	names  []wanted // in advance, by the last configuration
-	warmed []wanted // those that were begun with
-	locked bool     // muxproxy is
-	asleep bool     // the machine is about to be
+	names  []wanted  // in advance, by the last configuration
+	warmed []wanted  // those that were begun with
+	locked bool      // muxproxy is
+	asleep time.Time // when the machine was about to be; zero: it has woken up
 	conns  map[uint64]*conn
 	series map[string]*series // by what is dialled
 	news   chan struct{}      // one token: conns have changed
@@ -125,7 +129,7 @@ func (p *persist) Close() error {
 func (p *persist) Observe(ctx context.Context, e plugin.Event) {
 	if e.Dropped > 0 {
 		// What was missed may have been anything.
-		p.set(func() { p.locked, p.asleep = false, false })
+		p.set(func() { p.locked, p.asleep = false, time.Time{} })
 		p.sync(ctx)
 		p.poke()
 	}
@@ -142,12 +146,12 @@ func (p *persist) Observe(ctx context.Context, e plugin.Event) {
 		p.poke()
 		p.warmAgain(func(r *rule) bool { return r.closeLocked })
 	case "sleep":
-		p.set(func() { p.asleep = true })
+		p.set(func() { p.asleep = time.Now() })
 		p.closeAll(ctx, "the machine went to sleep", func(r *rule) bool { return r.closeAsleep })
 	case "wake":
 		// If sleep came too late, or not at all, the connections are still there.
 		p.closeAll(ctx, "the machine was asleep", func(r *rule) bool { return r.closeAsleep })
-		p.set(func() { p.asleep = false })
+		p.set(func() { p.asleep = time.Time{} })
 		p.poke()
 		p.warmAgain(func(r *rule) bool { return r.closeAsleep })
 	case "policy":
@@ -155,6 +159,11 @@ func (p *persist) Observe(ctx context.Context, e plugin.Event) {
 		p.poke()
 		p.warm()
 	}
+}
+
+// sleepingLocked tells whether the machine is about to sleep, or does.
+func (p *persist) sleepingLocked() bool {
+	return !p.asleep.IsZero() && time.Since(p.asleep) < sleepTime
 }
 
 // set changes what mu guards.

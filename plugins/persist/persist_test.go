@@ -338,8 +338,12 @@ func TestEnd(t *testing.T) {
 }
 
 func TestLockAndSleep(t *testing.T) {
-	for _, c := range []struct{ begin, end, why string }{
-		{"locked", "unlocked", "muxproxy was locked"}, {"sleep", "wake", "the machine went to sleep"},
+	for _, c := range []struct {
+		begin, end, why string
+		lasts           time.Duration // a machine that sleeps does not count it
+	}{
+		{"locked", "unlocked", "muxproxy was locked", 5 * time.Minute},
+		{"sleep", "wake", "the machine went to sleep", 10 * time.Second},
 	} {
 		t.Run(c.begin, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -365,7 +369,7 @@ func TestLockAndSleep(t *testing.T) {
 				// Nothing is dialled meanwhile, and what was lost comes back afterwards.
 				f.end(lost.ID, "lost", "connection reset", 1)
 				f.recorded("lost u@lost:22 connection 4: connection reset; connecting again")
-				time.Sleep(5 * time.Minute)
+				time.Sleep(c.lasts)
 				f.dials()
 				f.event(c.end)
 				f.dials("warm")
@@ -375,6 +379,20 @@ func TestLockAndSleep(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A sleep of which nobody tells the end is over after a while.
+func TestSleepWithoutEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, map[string]*block{"a": with(func(b *block) { b.Reconnect = true })})
+		c := f.come("a")
+		f.event("sleep")
+		f.end(c.ID, "lost", "reset", 0)
+		time.Sleep(59 * time.Second)
+		f.dials()
+		time.Sleep(sleepTime + restTime)
+		f.dials("u@a:22")
+	})
 }
 
 // A lost connection is tried again after 1 s, then ever more seldom, at least once a minute, until there is one.

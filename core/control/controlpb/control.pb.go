@@ -1486,6 +1486,7 @@ func (x *UnlockResponse) GetWrong() bool {
 
 type HostKeysRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Made          bool                   `protobuf:"varint,1,opt,name=made,proto3" json:"made,omitempty"` // only those that have been made; the others are not made for this
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1518,6 +1519,13 @@ func (x *HostKeysRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use HostKeysRequest.ProtoReflect.Descriptor instead.
 func (*HostKeysRequest) Descriptor() ([]byte, []int) {
 	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *HostKeysRequest) GetMade() bool {
+	if x != nil {
+		return x.Made
+	}
+	return false
 }
 
 type HostKeysResponse struct {
@@ -1825,8 +1833,9 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"passphrase\"Z\n" +
 	"\x0eUnlockResponse\x122\n" +
 	"\x04lock\x18\x01 \x01(\v2\x1e.muxproxy.control.v1.LockStateR\x04lock\x12\x14\n" +
-	"\x05wrong\x18\x02 \x01(\bR\x05wrong\"\x11\n" +
-	"\x0fHostKeysRequest\"8\n" +
+	"\x05wrong\x18\x02 \x01(\bR\x05wrong\"%\n" +
+	"\x0fHostKeysRequest\x12\x12\n" +
+	"\x04made\x18\x01 \x01(\bR\x04made\"8\n" +
 	"\x10HostKeysResponse\x12\x14\n" +
 	"\x05plain\x18\x01 \x03(\tR\x05plain\x12\x0e\n" +
 	"\x02ca\x18\x02 \x03(\tR\x02ca\"\r\n" +

@@ -360,6 +360,7 @@ const (
 	Host_Dial_FullMethodName        = "/muxproxy.plugin.v1.Host/Dial"
 	Host_Listen_FullMethodName      = "/muxproxy.plugin.v1.Host/Listen"
 	Host_Decide_FullMethodName      = "/muxproxy.plugin.v1.Host/Decide"
+	Host_Ask_FullMethodName         = "/muxproxy.plugin.v1.Host/Ask"
 	Host_Notify_FullMethodName      = "/muxproxy.plugin.v1.Host/Notify"
 	Host_Keep_FullMethodName        = "/muxproxy.plugin.v1.Host/Keep"
 	Host_Kept_FullMethodName        = "/muxproxy.plugin.v1.Host/Kept"
@@ -387,6 +388,9 @@ type HostClient interface {
 	Listen(ctx context.Context, in *ListenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListenResponse], error)
 	// Decide answers one of the plugin's own pending uses.
 	Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error)
+	// Ask puts a question to the person at the client of one of the plugin's own pending uses. Its ssh does the asking, and
+	// can as long as it has not been let in: that is, for uses of the kind "attach". It needs no capability.
+	Ask(ctx context.Context, in *AskRequest, opts ...grpc.CallOption) (*AskResponse, error)
 	Notify(ctx context.Context, in *NotifyRequest, opts ...grpc.CallOption) (*NotifyResponse, error)
 	// Keep stores up to 64 KiB over restarts, Kept returns what was stored last.
 	Keep(ctx context.Context, in *KeepRequest, opts ...grpc.CallOption) (*KeepResponse, error)
@@ -492,6 +496,16 @@ func (c *hostClient) Decide(ctx context.Context, in *DecideRequest, opts ...grpc
 	return out, nil
 }
 
+func (c *hostClient) Ask(ctx context.Context, in *AskRequest, opts ...grpc.CallOption) (*AskResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AskResponse)
+	err := c.cc.Invoke(ctx, Host_Ask_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hostClient) Notify(ctx context.Context, in *NotifyRequest, opts ...grpc.CallOption) (*NotifyResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(NotifyResponse)
@@ -553,6 +567,9 @@ type HostServer interface {
 	Listen(*ListenRequest, grpc.ServerStreamingServer[ListenResponse]) error
 	// Decide answers one of the plugin's own pending uses.
 	Decide(context.Context, *DecideRequest) (*DecideResponse, error)
+	// Ask puts a question to the person at the client of one of the plugin's own pending uses. Its ssh does the asking, and
+	// can as long as it has not been let in: that is, for uses of the kind "attach". It needs no capability.
+	Ask(context.Context, *AskRequest) (*AskResponse, error)
 	Notify(context.Context, *NotifyRequest) (*NotifyResponse, error)
 	// Keep stores up to 64 KiB over restarts, Kept returns what was stored last.
 	Keep(context.Context, *KeepRequest) (*KeepResponse, error)
@@ -592,6 +609,9 @@ func (UnimplementedHostServer) Listen(*ListenRequest, grpc.ServerStreamingServer
 }
 func (UnimplementedHostServer) Decide(context.Context, *DecideRequest) (*DecideResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Decide not implemented")
+}
+func (UnimplementedHostServer) Ask(context.Context, *AskRequest) (*AskResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Ask not implemented")
 }
 func (UnimplementedHostServer) Notify(context.Context, *NotifyRequest) (*NotifyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Notify not implemented")
@@ -763,6 +783,24 @@ func _Host_Decide_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Host_Ask_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AskRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Ask(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Ask_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Ask(ctx, req.(*AskRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Host_Notify_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(NotifyRequest)
 	if err := dec(in); err != nil {
@@ -869,6 +907,10 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Decide",
 			Handler:    _Host_Decide_Handler,
+		},
+		{
+			MethodName: "Ask",
+			Handler:    _Host_Ask_Handler,
 		},
 		{
 			MethodName: "Notify",

@@ -136,6 +136,7 @@ type Master struct {
 	running  sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows
+	person  func(question string) (yes bool)
 	records []string
 	drained []uint64
 	notices []string
@@ -331,6 +332,27 @@ func (m *Master) Kept(context.Context, *pluginpb.KeptRequest) (*pluginpb.KeptRes
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return &pluginpb.KeptResponse{Data: m.kept}, nil
+}
+
+// SetPerson says what Ask is answered, which is plugin.ErrNobody without.
+func (m *Master) SetPerson(p func(question string) (yes bool)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.person = p
+}
+
+// Ask implements pluginpb.HostServer.
+func (m *Master) Ask(_ context.Context, r *pluginpb.AskRequest) (*pluginpb.AskResponse, error) {
+	m.mu.Lock()
+	p := m.person
+	m.mu.Unlock()
+	switch {
+	case p == nil:
+		return &pluginpb.AskResponse{}, nil
+	case p(r.GetQuestion()):
+		return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_YES}, nil
+	}
+	return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_NO}, nil
 }
 
 // Record implements pluginpb.HostServer.

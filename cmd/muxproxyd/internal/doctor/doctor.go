@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/muxproxy/muxproxy/core/bridge"
@@ -95,27 +98,61 @@ func Names() (names []string) {
 	return names
 }
 
-// attempts is how often the master is asked: one that is about to end still takes connections for a moment.
-const attempts = 3
-
 // Run makes all checks. It changes nothing and starts no master. An error means that ctx has ended.
 func Run(ctx context.Context, o Options) (Report, error) {
 	d := &doctor{Options: o, report: Report{Host: o.Host, State: OK}}
 	d.askSSH(ctx)
-	for range attempts {
-		if d.master, d.masterErr = o.Connect(ctx); d.masterErr != nil {
-			break
+	d.askMaster(ctx)
+	defer func() {
+		if d.masterErr == nil {
+			d.master.Disconnect()
 		}
-		defer d.master.Disconnect()
-		if d.status, d.masterErr = d.master.Status(ctx); !errors.Is(d.masterErr, control.ErrLost) {
-			break
-		}
-	}
+	}()
 	for _, c := range checks {
 		d.name, d.found = c.name, false
 		c.make(d, ctx)
 	}
 	return d.report, context.Cause(ctx)
+}
+
+// attempts is how often the master is asked: one that is about to end still takes connections for a moment.
+const attempts = 3
+
+// askMaster asks the master that lives, and does not knock where none does: systemd would start one.
+func (d *doctor) askMaster(ctx context.Context) {
+	if !lives(d.Dirs) {
+		d.masterErr = bridge.ErrNoMaster
+		return
+	}
+	for range attempts {
+		m, err := d.Connect(ctx)
+		if err != nil {
+			d.masterErr = err
+			return
+		}
+		d.status, err = m.Status(ctx)
+		d.master, d.masterErr = m, err
+		if err == nil {
+			return
+		}
+		m.Disconnect()
+		if !errors.Is(err, control.ErrLost) {
+			return
+		}
+	}
+}
+
+// lives reports whether somebody holds the lock of the living master, or whether that can't be told.
+func lives(dirs paths.Dirs) bool {
+	path := filepath.Join(dirs.Run, paths.MasterLock)
+	if _, err := os.Lstat(path); err != nil { // TryLock would make it
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	lock, err := paths.TryLock(path)
+	if err == nil {
+		lock.Close()
+	}
+	return err != nil
 }
 
 // doctor is one run.

@@ -35,7 +35,7 @@ func (d *doctor) masterState(context.Context) {
 	case d.masterErr != nil:
 		d.fail("muxproxy log", "it can't be asked: %v", d.masterErr)
 	case d.status.Version != d.Version:
-		d.warn("muxproxy master stop --drain", "pid %d is of version %s, and %s is installed", d.status.PID, d.status.Version, d.Version)
+		d.warn("muxproxy master restart", "pid %d is of version %s, and %s is installed", d.status.PID, d.status.Version, d.Version)
 	case d.status.Lock.Locked:
 		d.warn("muxproxy unlock", "pid %d is locked (%s): nobody can use connections", d.status.PID, strings.Join(d.status.Lock.By, ", "))
 	default:
@@ -59,7 +59,7 @@ func (d *doctor) masterPolicy(context.Context) {
 	case d.masterErr != nil:
 		d.ok("no master to compare with")
 	case d.status.Policy != mine && !sameFile(d.status.Policy, mine):
-		d.warn("muxproxy master stop --drain", "the master goes by %s, this shell by %s ($MUXPROXY_CONFIG and $XDG_CONFIG_HOME count where "+
+		d.warn("muxproxy master stop", "the master goes by %s, this shell by %s ($MUXPROXY_CONFIG and $XDG_CONFIG_HOME count where "+
 			"the master is started)", say(d.status.Policy), say(mine))
 	default:
 		d.ok("the master goes by %s, as this shell does", say(mine))
