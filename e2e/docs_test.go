@@ -199,6 +199,10 @@ func TestDocs(t *testing.T) {
 		t.Fatal(err)
 	}
 	files = append(files, "../README.md")
+	t.Run("hcl", func(t *testing.T) {
+		t.Parallel()
+		checkDocPolicies(t, files)
+	})
 	ran := map[string]int{}
 	for _, file := range files {
 		text, err := os.ReadFile(file)
@@ -233,6 +237,37 @@ func TestDocs(t *testing.T) {
 		if ran[name] == 0 {
 			t.Errorf("no block of %s runs", name)
 		}
+	}
+}
+
+// checkDocPolicies has `muxproxy config check` look at what the documentation shows of policy files. docs/policy.md and
+// docs/plugins.md, whose plugins nobody has, are looked at by tests of core/policy and examples.
+func checkDocPolicies(t *testing.T, files []string) {
+	w := newWorld(t, fdpass, asInstalled)
+	blocks := regexp.MustCompile("(?ms)^```hcl\n(.*?)^```$")
+	readmes, err := filepath.Glob("../plugins/*/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, file := range append(slices.Clone(files), readmes...) {
+		if base := filepath.Base(file); base == "policy.md" || base == "plugins.md" {
+			continue
+		}
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range blocks.FindAllStringSubmatch(string(text), -1) {
+			found++
+			r := w.run(spec{args: []string{binDir + "/muxproxy", "config", "check", w.write("block.hcl", m[1])}, null: true})
+			if r.status != 0 {
+				t.Errorf("%s: status %d\n%s%s\n%s", file, r.status, r.out, r.err, m[1])
+			}
+		}
+	}
+	if found < 2 {
+		t.Errorf("%d blocks", found)
 	}
 }
 
