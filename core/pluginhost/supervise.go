@@ -108,7 +108,10 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	file, err := checkFile(s.spec)
+	s.mu.Lock()
+	spec := s.spec
+	s.mu.Unlock()
+	file, err := checkFile(spec)
 	if err != nil {
 		return nil, nil, err
 	}
