@@ -38,11 +38,17 @@ func connection(c pool.ConnInfo) pluginhost.Connection {
 	}
 }
 
-// Connections implements pluginhost.Backend.
+// Connections implements pluginhost.Backend. Clients are those of people: plugins hold connections, too.
 func (b backend) Connections() []pluginhost.Connection {
+	clients := map[uint64]int{}
+	for _, c := range b.m.snapshot() {
+		clients[c.upstream.Load()]++
+	}
 	var out []pluginhost.Connection
 	for _, c := range b.m.pool.List() {
-		out = append(out, connection(c))
+		p := connection(c)
+		p.Clients = clients[c.ID]
+		out = append(out, p)
 	}
 	return out
 }
@@ -52,7 +58,7 @@ func (b backend) connection(id uint64) (pluginhost.Connection, error) {
 	if i := slices.IndexFunc(list, func(c pluginhost.Connection) bool { return c.ID == id }); i >= 0 {
 		return list[i], nil
 	}
-	return pluginhost.Connection{}, fmt.Errorf("connection %d has ended", id)
+	return pluginhost.Connection{}, fmt.Errorf("connection %d: %w", id, pool.ErrGone)
 }
 
 // Resolve implements pluginhost.Backend.
