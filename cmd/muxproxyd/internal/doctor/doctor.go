@@ -61,6 +61,8 @@ type Options struct {
 	Policy      *policy.Snapshot // nil: the file has errors
 	Diagnostics policy.Diagnostics
 
+	// Askpass finds the program that asks where policy names none.
+	Askpass func() (string, error)
 	// Connect reaches the master; the error wraps bridge.ErrNoMaster if none lives.
 	Connect func(context.Context) (*control.Master, error)
 }

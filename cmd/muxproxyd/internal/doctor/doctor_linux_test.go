@@ -98,6 +98,7 @@ func newWorld(t *testing.T) *world {
 	w.m = &fakeMaster{status: control.Status{Version: "1.2.3", PID: masterPID}}
 	w.o = Options{
 		Dirs: dirs, Getenv: w.getenv, Home: w.home, Config: w.path("config"), SSH: real, Self: w.path("bin/muxproxyd"), Version: "1.2.3",
+		Askpass: func() (string, error) { return "/usr/bin/ssh-askpass", nil },
 		Connect: func(ctx context.Context) (*control.Master, error) {
 			conn, err := bridge.ConnectTo(ctx, dirs, paths.ControlSocket)
 			if err != nil {
@@ -540,10 +541,8 @@ var cases = []spoiled{
 		"askpass", Warning, "there is no graphical session", ""},
 	{"no askpass", func(w *world) {
 		w.policy("host \"*\" {\n  confirm {}\n}\n")
-		old := askpasses
-		w.t.Cleanup(func() { askpasses = old })
-		askpasses = []string{"/nowhere/ssh-askpass"}
-	}, "askpass", Warning, "policy has confirm, and no askpass", "install an askpass program"},
+		w.o.Askpass = func() (string, error) { return "", errors.New("none is installed") }
+	}, "askpass", Warning, "policy has confirm: none is installed", "install an askpass program"},
 
 	{"no linger", func(w *world) { w.logind(logindFake{"KillUserProcesses": true, "Linger": false}) },
 		"linger", Warning, "logind ends the master, and all connections, when you log out", "loginctl enable-linger"},

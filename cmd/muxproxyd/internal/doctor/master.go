@@ -109,13 +109,6 @@ func (d *doctor) plugins(ctx context.Context) {
 	}
 }
 
-// askpasses are where programs are that show a question on the screen.
-var askpasses = []string{
-	"/usr/bin/ssh-askpass", "/usr/bin/ksshaskpass", "/usr/bin/lxqt-openssh-askpass", "/usr/lib/ssh/ssh-askpass",
-	"/usr/lib/ssh/x11-ssh-askpass", "/usr/lib/openssh/gnome-ssh-askpass", "/usr/libexec/openssh/ssh-askpass",
-	"/usr/libexec/openssh/gnome-ssh-askpass", "/usr/libexec/ssh-askpass", "/opt/homebrew/bin/ssh-askpass", "/usr/local/bin/ssh-askpass",
-}
-
 // askpass looks whether there is a way to ask a person who has no terminal.
 func (d *doctor) askpass(ctx context.Context) {
 	confirms, program := false, ""
@@ -137,8 +130,10 @@ func (d *doctor) askpass(ctx context.Context) {
 		}
 		return
 	}
-	if program == "" && !slices.ContainsFunc(askpasses, func(path string) bool { _, err := exec.LookPath(path); return err == nil }) {
-		d.warn("install an askpass program (ssh-askpass), or name one in policy", "policy has confirm, and no askpass is where they use to be")
+	if program == "" {
+		if _, err := d.Askpass(); err != nil {
+			d.warn("install an askpass program (ssh-askpass), or name one in policy", "policy has confirm: %v", err)
+		}
 	}
 	login, err := askLogind(ctx, d.Getenv)
 	if d.Getenv("DISPLAY") == "" && d.Getenv("WAYLAND_DISPLAY") == "" && (err != nil || !login.graphical) {
