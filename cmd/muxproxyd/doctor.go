@@ -74,7 +74,7 @@ func runDoctor(ctx context.Context, a *app, host, config string, asJSON bool) er
 	}
 	o := doctor.Options{
 		Dirs: dirs, Getenv: a.getenv, Home: names.Home, Host: host, Version: readVersion().Version, Self: a.exe,
-		Connect: a.connect, Askpass: confirm.Askpass,
+		CanAsk: confirm.Ready, Connect: a.connect,
 	}
 	if host != "" {
 		if o.Target, err = master.ParseHost(host); err != nil {

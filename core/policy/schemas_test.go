@@ -15,11 +15,14 @@ func schemas() map[string]Schema {
 		kinds = append(kinds, string(k))
 	}
 	str := cty.StringVal
-	forward := func(to bool) Block {
-		b := Block{Labels: []string{"address"}, Attributes: []Attribute{
-			{Name: "users", Type: cty.String, Default: str("self"), Words: []string{"self", "any"}, Doc: "whose processes may connect"},
-			{Name: "gateway", Type: cty.Bool, Doc: "other hosts may connect"},
-		}}
+	forward := func(users, to bool) Block {
+		b := Block{Labels: []string{"address"}}
+		if users {
+			b.Attributes = append(b.Attributes, Attribute{
+				Name: "users", Type: cty.String, Default: str("self"), Words: []string{"self", "any"}, Doc: "whose processes may connect",
+			})
+		}
+		b.Attributes = append(b.Attributes, Attribute{Name: "gateway", Type: cty.Bool, Doc: "may listen on other addresses than loopback"})
 		if to {
 			b.Attributes = append(b.Attributes, Attribute{Name: "to", Type: cty.String, Required: true, Doc: "where it leads"})
 		}
@@ -55,7 +58,7 @@ func schemas() map[string]Schema {
 			{Name: "on_lock", Type: cty.String, Default: str("keep"), Words: []string{"keep", "close"}},
 		}}},
 		"forward": {HostOnly: true, Host: Block{Blocks: []Nested{
-			{"dynamic", forward(false)}, {"local", forward(true)}, {"remote", forward(true)},
+			{"dynamic", forward(true, false)}, {"local", forward(true, true)}, {"remote", forward(false, true)},
 		}}},
 		"audit-mail": {
 			Plugin: Block{Attributes: []Attribute{

@@ -38,9 +38,6 @@ var programs = []string{
 // errNoAskpass is that none of programs is there.
 var errNoAskpass = errors.New("no askpass program is installed")
 
-// Askpass returns the program that asks where policy names none.
-func Askpass() (string, error) { return program("") }
-
 // program returns the askpass program to run: named by policy, or the first of programs that is there. Nobody but this user
 // and root may be able to change it.
 func program(named string) (string, error) {
