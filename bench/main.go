@@ -19,12 +19,17 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+
+	"github.com/muxproxy/muxproxy/core/plugin"
 )
 
 // errGoals says that a goal was missed or a case failed, which has been printed.
 var errGoals = errors.New("not every goal is met")
 
 func main() {
+	if os.Getenv(plugin.CookieKey) != "" {
+		plugin.Serve(&meter{})
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	err := command().ExecuteContext(ctx)
 	stop()

@@ -6,18 +6,15 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
-	"strings"
 
+	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
 
+	"github.com/muxproxy/muxproxy/core/master"
 	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/policy"
-	"github.com/muxproxy/muxproxy/core/sshconfig"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -40,10 +37,13 @@ directory. docs/policy.md says what may stand in it.`,
 		Use:   "check [FILE] [--json]",
 		Short: "say what is wrong with the policy file",
 		Long: `Reports all that is wrong with the policy file, or with FILE, each with its
-line. Ends with 1 if there are errors; warnings alone end with 0.`,
+line. Plugins that it mentions are started to ask what their blocks may hold.
+Ends with 1 if there are errors; warnings alone end with 0.`,
 		Example: "  muxproxy config check",
 		Args:    cobra.MaximumNArgs(1),
-		RunE:    func(_ *cobra.Command, args []string) error { return runConfigCheck(a, first(args), asJSON) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runConfigCheck(cmd.Context(), a, first(args), asJSON)
+		},
 	}
 	check.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	var showJSON bool
@@ -110,7 +110,7 @@ func colors(w io.Writer) bool {
 	return ok && policy.Color(f)
 }
 
-func runConfigCheck(a *app, file string, asJSON bool) error {
+func runConfigCheck(ctx context.Context, a *app, file string, asJSON bool) error {
 	path, named, err := a.policyFile()
 	if file != "" {
 		path, err = filepath.Abs(file)
@@ -119,8 +119,9 @@ func runConfigCheck(a *app, file string, asJSON bool) error {
 	if err != nil {
 		return err
 	}
-	_, diags := policy.Load(path, !named, a.policyOptions())
+	diags, err := a.checkPolicy(ctx, path, !named)
 	switch {
+	case err != nil:
 	case asJSON:
 		err = a.printJSON(struct {
 			File        string             `json:"file"`
@@ -139,6 +140,27 @@ func runConfigCheck(a *app, file string, asJSON bool) error {
 		err = &statusError{status: exitNo}
 	}
 	return err
+}
+
+// checkPolicy says what is wrong with a policy file and with the plugins that it mentions.
+func (a *app) checkPolicy(ctx context.Context, path string, mayMiss bool) (policy.Diagnostics, error) {
+	s, diags := policy.Load(path, mayMiss, a.policyOptions())
+	if s == nil || len(s.Plugins()) == 0 {
+		return diags, nil
+	}
+	dirs, err := paths.Find(a.getenv)
+	if err != nil {
+		return nil, err
+	}
+	scratch, err := os.MkdirTemp("", "muxproxy") // 0700
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(scratch)
+	_, diags = master.CheckPolicy(ctx, s, master.Options{
+		Dirs: dirs, Getenv: a.getenv, BuiltIn: builtInNames(), Log: zerolog.Nop(),
+	}, scratch)
+	return diags, nil
 }
 
 func runConfigShow(ctx context.Context, a *app, host string, asJSON bool) error {
@@ -176,51 +198,9 @@ func runConfigPath(a *app) error {
 
 // target asks ssh_config where [USER@]HOST[:PORT] leads, as the master does where there is no client.
 func (a *app) target(ctx context.Context, s *policy.Snapshot, host string) (use.Target, error) {
-	t, err := parseHost(host)
+	t, err := master.ParseHost(host)
 	if err != nil {
 		return use.Target{}, &statusError{exitUsage, err}
 	}
-	ssh, err := exec.LookPath("ssh")
-	if err != nil {
-		return use.Target{}, fmt.Errorf("no ssh on PATH to ask what ssh_config says: %w", err)
-	}
-	req := sshconfig.Request{User: t.User, Port: t.Port, Alias: t.Alias, SSH: ssh}
-	if file := s.Master().SSHConfig; file != "" {
-		req.Args.Options = []string{"-F", file}
-	}
-	r, err := sshconfig.Run(ctx, req)
-	if err != nil {
-		return use.Target{}, err
-	}
-	port, err := strconv.ParseUint(r.Get("port"), 10, 16)
-	if err != nil {
-		return use.Target{}, fmt.Errorf("ssh -G gives %s the port %q", host, r.Get("port"))
-	}
-	return use.Target{
-		User: r.Get("user"), Host: strings.Trim(r.Get("hostname"), "[]"), Port: uint16(port), Alias: t.Alias,
-	}, nil
-}
-
-// parseHost reads [USER@]HOST[:PORT]. What is not given stays empty; HOST becomes the alias.
-func parseHost(s string) (use.Target, error) {
-	var t use.Target
-	rest := s
-	if i := strings.LastIndexByte(rest, '@'); i >= 0 {
-		t.User, rest = rest[:i], rest[i+1:]
-		if t.User == "" {
-			return t, fmt.Errorf("%q: the user is empty", s)
-		}
-	}
-	if host, port, err := net.SplitHostPort(rest); err == nil { // not for an IPv6 address without brackets
-		n, err := strconv.ParseUint(port, 10, 16)
-		if err != nil || n == 0 {
-			return t, fmt.Errorf("%q: the port must be a number from 1 to 65535", s)
-		}
-		t.Port, rest = uint16(n), host
-	}
-	t.Alias = strings.Trim(rest, "[]")
-	if t.Alias == "" || strings.HasPrefix(t.Alias, "-") || strings.HasPrefix(t.User, "-") {
-		return t, fmt.Errorf("%q: want [USER@]HOST[:PORT]", s)
-	}
-	return t, nil
+	return master.Resolve(ctx, s.Master().SSHConfig, t)
 }

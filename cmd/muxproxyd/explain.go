@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/muxproxy/muxproxy/core/bridge"
+	"github.com/muxproxy/muxproxy/core/control"
 	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/use"
 )
@@ -53,7 +54,7 @@ Quote a COMMAND of several words. Ends with 1 if it would be denied.`,
 // explained is what `explain --json` prints.
 type explained struct {
 	*policy.Explanation
-	Plugin string         `json:"plugin,omitempty"` // why no plugin could allow it
+	Plugin string         `json:"plugin,omitempty"` // the one that would be asked and does not run
 	Lock   *use.LockState `json:"lock,omitempty"`   // it would stop the use
 }
 
@@ -87,15 +88,15 @@ func runExplain(ctx context.Context, a *app, host string, kind use.Kind, what st
 		u.Addr = what
 	}
 	x := explained{Explanation: s.Explain(u)}
-	if d := s.WithoutPlugins(u); d != nil {
-		x.Plugin = d.Error()
-	}
 	switch m, err := a.connect(ctx); {
 	case errors.Is(err, bridge.ErrNoMaster): // what it has locked counts when there is one
 	case err != nil:
 		return err
 	default:
 		st, err := m.Status(ctx)
+		if err == nil {
+			x.Plugin, err = failedPlugin(ctx, m, x.Plugins)
+		}
 		m.Disconnect()
 		if err != nil {
 			return err
@@ -109,7 +110,7 @@ func runExplain(ctx context.Context, a *app, host string, kind use.Kind, what st
 	} else {
 		err = x.Write(a.stdout)
 		if err == nil && x.Plugin != "" {
-			_, err = fmt.Fprintln(a.stdout, "plugins: "+x.Plugin)
+			_, err = fmt.Fprintln(a.stdout, "plugin: "+x.Plugin)
 		}
 		if err == nil && x.Lock != nil {
 			_, err = fmt.Fprintf(a.stdout, "lock: stops it now (%s)\n", strings.Join(x.Lock.By, ", "))
@@ -119,4 +120,15 @@ func runExplain(ctx context.Context, a *app, host string, kind use.Kind, what st
 		err = &statusError{status: exitNo}
 	}
 	return err
+}
+
+// failedPlugin says which of the plugins that would be asked can't be.
+func failedPlugin(ctx context.Context, m *control.Master, asked map[string]string) (string, error) {
+	list, err := m.Plugins(ctx)
+	for _, p := range list {
+		if _, ok := asked[p.Name]; ok && p.State != "up" {
+			return fmt.Sprintf("%s does not run: %s", p.Name, p.Error), err
+		}
+	}
+	return "", err
 }

@@ -120,9 +120,19 @@ func TestConfigCommands(t *testing.T) {
 		t.Errorf("explain with a bad file: status %d, %q, %q", status, stdout, stderr)
 	}
 	write("host \"*\" {\n  confirm {}\n}\n")
+	if status, stdout, stderr := w.run("explain", "localhost", "id"); status != exitYes || stderr != "" ||
+		!strings.Contains(stdout, "these plugins have a block for it: confirm") {
+		t.Errorf("explain with a plugin: status %d, %q, %q", status, stdout, stderr)
+	}
+	w.serveBackend(&pluginMaster{fakeMaster: &fakeMaster{}, plugins: []control.Plugin{{Name: "confirm", State: "failed", Error: "it crashed"}}})
 	if status, stdout, stderr := w.run("explain", "localhost", "id"); status != exitNo || stderr != "" ||
-		!strings.Contains(stdout, "plugins: denied by confirm: ") {
-		t.Errorf("explain with a plugin that is not there: status %d, %q, %q", status, stdout, stderr)
+		!strings.HasSuffix(stdout, "plugin: confirm does not run: it crashed\n") {
+		t.Errorf("explain with a plugin that does not run: status %d, %q, %q", status, stdout, stderr)
+	}
+	write("plugin \"absent\" {}\n")
+	if status, stdout, stderr := w.run("config", "check"); status != exitNo || stderr != "" ||
+		!strings.HasPrefix(stdout, path+":1:1: absent: there is no muxproxy-plugin-absent in ") {
+		t.Errorf("check with a plugin that is not there: status %d, %q, %q", status, stdout, stderr)
 	}
 	w.env["MUXPROXY_CONFIG"] = filepath.Join(w.dirs.Config, "other.hcl")
 	if status, stdout, _ := w.run("config", "check"); status != exitNo || !strings.Contains(stdout, "other.hcl: no such file") {
@@ -130,25 +140,5 @@ func TestConfigCommands(t *testing.T) {
 	}
 	if status, _, stderr := w.run("config"); status != exitUsage || !strings.Contains(stderr, "Usage:") {
 		t.Errorf("status %d, %q", status, stderr)
-	}
-}
-
-func TestParseHost(t *testing.T) {
-	for in, want := range map[string]use.Target{
-		"db":              {Alias: "db"},
-		"me@db":           {User: "me", Alias: "db"},
-		"a@b@db:2222":     {User: "a@b", Alias: "db", Port: 2222},
-		"::1":             {Alias: "::1"},
-		"me@[2001:db8::]": {User: "me", Alias: "2001:db8::"},
-		"[::1]:22":        {Alias: "::1", Port: 22},
-	} {
-		if got, err := parseHost(in); err != nil || got != want {
-			t.Errorf("%q: %+v, %v", in, got, err)
-		}
-	}
-	for _, in := range []string{"", "@db", "-oProxyCommand=x", "-l@db", "db:0", "db:ssh", "me@"} {
-		if got, err := parseHost(in); err == nil {
-			t.Errorf("%q: %+v", in, got)
-		}
 	}
 }

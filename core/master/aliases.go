@@ -3,7 +3,6 @@ package master
 import (
 	"context"
 	"fmt"
-	"os/exec"
 	"strings"
 	"sync"
 	"time"
@@ -104,19 +103,6 @@ func (a *aliases) ask(key use.Target) *sshconfig.Resolved {
 		return nil
 	}
 	return r
-}
-
-// askSSH asks ssh -G about an alias without any client's options. config is for -F; "": ssh's own files.
-func askSSH(ctx context.Context, config string, t use.Target) (*sshconfig.Resolved, error) {
-	ssh, err := exec.LookPath("ssh")
-	if err != nil {
-		return nil, fmt.Errorf("no ssh on PATH to ask what ssh_config says: %w", err)
-	}
-	req := sshconfig.Request{User: t.User, Port: t.Port, Alias: t.Alias, SSH: ssh}
-	if config != "" {
-		req.Args.Options = []string{"-F", config}
-	}
-	return sshconfig.Run(ctx, req)
 }
 
 func (l *lead) to(t use.Target) bool {

@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/muxproxy/muxproxy/core/sshconfig"
+	"github.com/muxproxy/muxproxy/core/use"
 	"github.com/muxproxy/muxproxy/core/wire"
 )
 
@@ -70,4 +71,44 @@ func (c *configs) put(h wire.Hello, via []string, r resolution) {
 		delete(c.byKey, k) // any: an answer costs one ssh -G
 	}
 	c.byKey[configKey(h, via)] = r
+}
+
+// lastAgents remembers which agent clients of a host had, for logins that no client asks for.
+type lastAgents struct {
+	mu    sync.Mutex // guards paths
+	paths map[use.Target]string
+}
+
+// note takes what a client's login would use.
+func (a *lastAgents) note(r *resolution, target use.Target) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.paths == nil {
+		a.paths = map[use.Target]string{}
+	}
+	a.putLocked(target, r.agentPath)
+	for _, h := range r.hops {
+		a.putLocked(use.Target(h.Target), h.AgentPath)
+	}
+}
+
+func (a *lastAgents) putLocked(t use.Target, path string) {
+	if path == "" {
+		return // a client without one says nothing about the others'
+	}
+	t.Alias = ""
+	for k := range a.paths {
+		if len(a.paths) < maxConfigs {
+			break
+		}
+		delete(a.paths, k) // any: the host's next client brings it back
+	}
+	a.paths[t] = path
+}
+
+func (a *lastAgents) of(t use.Target) string {
+	t.Alias = ""
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.paths[t]
 }

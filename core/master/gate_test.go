@@ -26,7 +26,7 @@ func newGate(t testing.TB, audit *use.Audit, text string) (use.Gate, *use.Lock) 
 	}
 	p := &policies{}
 	p.now.Store(s)
-	return lock.NewGate(audit, use.ByPolicy(p.lookup)), lock
+	return lock.NewGate(audit, nil, use.ByPolicy(p.lookup)), lock
 }
 
 // Every kind of use meets deny blocks in each place, an error, and the lock, and each decision is in the audit log.
@@ -182,7 +182,7 @@ func BenchmarkGate(b *testing.B) {
 	}
 	p := &policies{}
 	p.now.Store(s)
-	g := lock.NewGate(audit, use.ByPolicy(p.lookup))
+	g := lock.NewGate(audit, nil, use.ByPolicy(p.lookup))
 	u := use.Use{Kind: use.Exec, Command: "git-upload-pack '/srv/x.git'", Target: use.Target{User: "me", Host: "db.example.com", Port: 22}}
 	b.ReportAllocs()
 	for b.Loop() {

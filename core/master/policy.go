@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,6 +38,9 @@ type policies struct {
 	loading chan struct{}                   // one place: one file is read at a time
 	changed chan struct{}                   // one token: another policy holds
 	opened  chan struct{}                   // one token: the lock has changed
+	// generation counts the policies that were given to plugins; whoever holds loading may use it.
+	generation uint64
+	incomplete atomic.Bool // a plugin of the policy in force was never started
 }
 
 func (p *policies) init(getenv func(string) string, configDir string) {
@@ -60,11 +62,6 @@ func poke(c chan struct{}) {
 // lookup is the policy in force, for the gate.
 func (p *policies) lookup() use.Lookup { return p.now.Load() }
 
-// withoutPlugins is a use.Check.
-func (p *policies) withoutPlugins(_ context.Context, u use.Use, _ func(string)) *use.Denied {
-	return p.now.Load().WithoutPlugins(u)
-}
-
 // read reads the file. The snapshot is nil if there are errors.
 func (p *policies) read(say func(error)) (*policy.Snapshot, policy.Diagnostics) {
 	now := stampOf(p.path) // before it is read: a later change is another one
@@ -75,17 +72,6 @@ func (p *policies) read(say func(error)) (*policy.Snapshot, policy.Diagnostics) 
 		a.config = s.Master().SSHConfig
 	}
 	return s, diags
-}
-
-// readPolicy is the master's first. Without one there is no master: the default would allow what the file denies.
-func (m *Master) readPolicy() error {
-	s, diags := m.policy.read(m.noAlias)
-	if s == nil {
-		return fmt.Errorf("%w; `muxproxy config check` shows all of it", diags.Errors())
-	}
-	m.warn(diags)
-	m.policy.now.Store(s)
-	return nil
 }
 
 func (m *Master) noAlias(err error) {
@@ -140,17 +126,14 @@ func (m *Master) reload(ctx context.Context) (policy.Diagnostics, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	s, diags := m.policy.read(m.noAlias)
-	if s == nil {
+	diags, err := m.adopt(ctx, false)
+	if err != nil {
 		for _, d := range diags.Errors() {
 			m.log.Error().Msg(d.Error())
 		}
 		m.log.Error().Str("file", m.policy.path).Msg("the policy file has errors; the policy in force stays")
-		return diags, diags.Errors()
+		return diags, err
 	}
-	m.warn(diags)
-	m.policy.now.Store(s)
-	m.apply()
 	m.log.Info().Str("file", m.policy.path).Msg("another policy is in force")
 	return diags, nil
 }
@@ -162,6 +145,11 @@ func (m *Master) watchPolicy(ctx context.Context) {
 	defer w.close()
 	if err := w.follow(); err != nil {
 		m.log.Warn().Err(err).Msg("changes of the policy file are not noticed; use `muxproxy master reload`")
+	}
+	var retry <-chan time.Time
+	pause := retryTime
+	if m.policy.incomplete.Load() {
+		retry = time.After(pause)
 	}
 	var settle <-chan time.Time
 	var gone time.Time // since when the file is missing; zero: it is there, or has never been
@@ -190,6 +178,11 @@ func (m *Master) watchPolicy(ctx context.Context) {
 		case _, ok := <-m.opts.Hangup:
 			if ok {
 				reload("SIGHUP")
+			}
+		case <-retry:
+			if retry = nil; !m.complete(ctx) {
+				pause = min(2*pause, retryMost)
+				retry = time.After(pause)
 			}
 		case err := <-w.errors():
 			m.log.Warn().Err(err).Msg("changes of the policy file may go unnoticed; use `muxproxy master reload`")
@@ -318,6 +311,9 @@ func (m *Master) follow(ctx context.Context) {
 	var on []string
 	stop := func() {}
 	defer func() { stop() }()
+	wake := func() {} // ends the watch over sleep for the plugins
+	defer func() { wake() }()
+	watched := false
 	idle := idleness{since: time.Now()}
 	for {
 		mp := m.policy.now.Load().Master()
@@ -326,11 +322,18 @@ func (m *Master) follow(ctx context.Context) {
 			on = append([]string{}, wanted...)
 			stop = m.watchSession(ctx, on)
 		}
+		if observed := m.plugins.Observed(); observed != watched {
+			wake()
+			wake, watched = func() {}, observed
+			if observed {
+				wake = watch(ctx, session.Options{Sleep: true, Getenv: m.opts.Getenv, Log: m.log}, sleep{m.plugins})
+			}
+		}
 		var look <-chan time.Time
 		if after := mp.ExitWhenIdle; after >= 0 && !m.draining.Load() {
 			if idle.look(m) >= after {
 				m.log.Info().Dur("after", after).Msg("idle for as long as policy allows")
-				m.drain()
+				m.drain(false)
 			}
 			look = time.After(max(10*time.Millisecond, min(after/10, idleLook)))
 		}
@@ -359,13 +362,18 @@ func (m *Master) watchSession(ctx context.Context, on []string) func() {
 	if len(on) == 0 {
 		return func() {}
 	}
+	return watch(ctx, session.Options{
+		Screen: slices.Contains(on, "screen"), Sleep: slices.Contains(on, "sleep"), Getenv: m.opts.Getenv, Log: m.log,
+	}, m.lock)
+}
+
+// watch follows the session until the returned function is called, which waits for that.
+func watch(ctx context.Context, o session.Options, l session.Locker) (stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		session.Watch(ctx, session.Options{
-			Screen: slices.Contains(on, "screen"), Sleep: slices.Contains(on, "sleep"), Getenv: m.opts.Getenv, Log: m.log,
-		}, m.lock)
+		session.Watch(ctx, o, l)
 	}()
 	return func() {
 		cancel()
@@ -381,7 +389,7 @@ type idleness struct {
 
 func (i *idleness) look(m *Master) time.Duration {
 	last := m.lastClient.Load()
-	if m.serving.Load() > 0 || last != i.last || len(m.pool.List()) > 0 {
+	if m.clientsNow() > 0 || last != i.last || len(m.pool.List()) > 0 {
 		i.since, i.last = time.Now(), last
 	}
 	return time.Since(i.since)

@@ -90,7 +90,7 @@ func blocksToPB(d *Described, blocks []Block) ([]*pluginpb.Block, error) {
 		if err != nil {
 			return fmt.Errorf("its block can't be sent: %w", err)
 		}
-		out = append(out, &pluginpb.Block{Id: b.ID, Kind: kind, Value: value, Hosts: b.Hosts})
+		out = append(out, &pluginpb.Block{Id: b.ID, Kind: kind, Value: value, Hosts: b.Hosts, Pos: utf8(b.Pos)})
 		return nil
 	}
 	for _, b := range blocks {
@@ -145,12 +145,13 @@ func useToPB(u use.Use) *pluginpb.Use {
 	out := &pluginpb.Use{
 		Kind: string(u.Kind), Client: u.Client, Target: targetToPB(u.Target), Command: []byte(u.Command),
 		Subsystem: []byte(u.Subsystem), Addr: []byte(u.Addr), Name: []byte(u.Name), Uid: int64(u.Caller.UID),
+		LoggedIn: u.Caller.LoggedIn,
 	}
 	if u.Kind == use.Exec {
 		out.Program = utf8(use.Program(u.Command))
 	}
 	for _, p := range u.Caller.Processes {
-		q := &pluginpb.Process{Pid: int64(p.PID), Exe: []byte(p.Exe), Cwd: []byte(p.Cwd), Tty: utf8(p.TTY)}
+		q := &pluginpb.Process{Pid: int64(p.PID), Start: p.Start, Exe: []byte(p.Exe), Cwd: []byte(p.Cwd), Tty: utf8(p.TTY)}
 		for _, a := range p.Args {
 			q.Args = append(q.Args, []byte(a))
 		}
@@ -159,16 +160,18 @@ func useToPB(u use.Use) *pluginpb.Use {
 	return out
 }
 
-func connectionToPB(c Connection) *pluginpb.Connection {
+// connectionToPB is told the block of the plugin that it is for.
+func connectionToPB(c Connection, block string) *pluginpb.Connection {
 	return &pluginpb.Connection{
 		Id: c.ID, Target: targetToPB(c.Target), Lane: utf8(c.Lane), Up: c.Up, Clients: uint32(c.Clients), Since: timeToPB(c.Since),
+		Block: block,
 	}
 }
 
 func eventToPB(e Event) *pluginpb.Event {
 	out := &pluginpb.Event{
 		Time: timeToPB(e.Time), Kind: e.Kind, Id: e.ID, Allowed: e.Denied == nil, Result: e.Result.Status, In: e.Result.In,
-		Out: e.Result.Out,
+		Out: e.Result.Out, Reason: utf8(use.Printable(e.Result.Err)),
 	}
 	if e.Denied != nil {
 		out.By, out.Reason = utf8(e.Denied.By), utf8(e.Denied.Reason)
@@ -176,9 +179,10 @@ func eventToPB(e Event) *pluginpb.Event {
 	if e.Result.ExitCode != nil {
 		out.ExitCode = *e.Result.ExitCode
 	}
-	if e.Connection.ID != 0 {
-		out.Connection = connectionToPB(e.Connection)
-	} else {
+	switch {
+	case e.Connection.ID != 0:
+		out.Connection = connectionToPB(e.Connection, "")
+	case e.Use.Kind != "":
 		out.Use = useToPB(e.Use)
 	}
 	return out
@@ -188,6 +192,18 @@ func withDropped(e *pluginpb.Event, n uint64) *pluginpb.Event {
 	e = proto.CloneOf(e)
 	e.Dropped = n
 	return e
+}
+
+func withBlock(e *pluginpb.Event, block string) *pluginpb.Event {
+	e = proto.CloneOf(e)
+	e.Connection.Block = block
+	return e
+}
+
+// onWallClock is when something began that has lasted since t (of time.Now), as the wall clock has it by now: time asleep
+// counts, and a clock that was set back since does not make it younger.
+func onWallClock(t, now time.Time) time.Time {
+	return now.Add(-max(now.Sub(t), now.Round(0).Sub(t.Round(0)))).Round(0)
 }
 
 func timeToPB(t time.Time) *timestamppb.Timestamp {

@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,21 +19,26 @@ const maxEvents = 256
 // Event is something that plugins with the capability "observe" are told.
 type Event struct {
 	Time time.Time
-	Kind string // "decision" or "end" of a use, "up" or "down" of a connection
+	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
+	// or "wake" of the machine. "policy" is the Manager's own.
+	Kind string
 	ID   string // joins the two records of a use
-	// Use is set for the first two kinds, Connection for the others.
+	// Use is set for the first two kinds, Connection for the next two.
 	Use        use.Use
 	Denied     *use.Denied // of a decision; nil: allowed
-	Result     use.Result  // of an end
+	Result     use.Result  // of an end; of "down", with status "closed" or "lost" and an error
 	Connection Connection
 }
 
-// target is the host that an event is about.
-func (e Event) target() use.Target {
-	if e.Connection.ID != 0 {
-		return e.Connection.Target
+// concerns reports whether a plugin may know of e: of hosts without a block of it, it may not.
+func (e Event) concerns(plugin string, l Lookup) bool {
+	switch {
+	case e.Connection.ID != 0:
+		return l.Covers(plugin, e.Connection.Target)
+	case e.Use.Kind != "":
+		return l.Covers(plugin, e.Use.Target)
 	}
-	return e.Use.Target
+	return true
 }
 
 // Observe tells the plugins that may know. It never blocks: what a plugin does not take in time is dropped and counted.
@@ -41,14 +47,45 @@ func (m *Manager) Observe(e Event) {
 	var wire *pluginpb.Event
 	for _, p := range s.plugins {
 		if d := p.description(); d == nil || !d.hook("observe") || !p.has(plugin.CanObserve) ||
-			!s.lookup.Covers(p.spec.Name, e.target()) {
+			!e.concerns(p.spec.Name, s.lookup) {
 			continue
 		}
 		if wire == nil {
 			wire = eventToPB(e)
 		}
-		p.events.add(wire)
+		if e.Connection.ID != 0 {
+			p.events.add(withBlock(wire, s.block(p.spec.Name, e.Connection.Target)))
+		} else {
+			p.events.add(wire)
+		}
 	}
+}
+
+// block is the plugin's block that holds for connections to t; "" if there is none, or it can't be evaluated.
+func (s *Set) block(plugin string, t use.Target) string {
+	if s.lookup == nil {
+		return ""
+	}
+	id, denied := s.lookup.Block(plugin, use.Use{Target: t})
+	if denied != nil {
+		return ""
+	}
+	return id
+}
+
+// tellPolicy tells a plugin that its configuration is in force.
+func (s *supervised) tellPolicy() {
+	if d := s.description(); d != nil && d.hook("observe") && s.has(plugin.CanObserve) {
+		s.events.add(eventToPB(Event{Time: time.Now(), Kind: "policy"}))
+	}
+}
+
+// Observed reports whether there is a plugin that Observe tells anything.
+func (m *Manager) Observed() bool {
+	return slices.ContainsFunc(m.set().plugins, func(p *supervised) bool {
+		d := p.description()
+		return d != nil && d.hook("observe") && p.has(plugin.CanObserve)
+	})
 }
 
 // events are what waits for one plugin. An event is shared by plugins, and not changed.
@@ -87,6 +124,13 @@ func (q *events) take() (*pluginpb.Event, uint64) {
 	e, lost := q.queue[0], q.lost
 	q.queue, q.lost = q.queue[1:], 0
 	return e, lost
+}
+
+// clear forgets what waits.
+func (q *events) clear() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.queue, q.lost = nil, 0
 }
 
 func (q *events) dropped() uint64 {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -27,6 +28,7 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -101,7 +103,7 @@ func TestBroken(t *testing.T) {
 		}
 	}
 	blocks := []Block{block("good", "h", "allow")}
-	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true); len(problems) > 0 {
+	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true, nil); len(problems) > 0 {
 		t.Error(problems)
 	}
 	if d := w.check(use.Exec, "h"); d != nil {
@@ -120,7 +122,7 @@ func TestMisbehaved(t *testing.T) {
 		}
 	}
 	blocks := []Block{block("junk", "h", "allow"), block("forks", "h", "allow"), block("stubborn", "h", "allow")}
-	problems = set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true)
+	problems = set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true, nil)
 	if len(problems) != 1 || problems[0].Error() != "config.hcl:3: plugin bad: it can't be configured: it has ended" {
 		t.Errorf("%v", problems)
 	}
@@ -196,13 +198,13 @@ func playMaster(dir string) {
 	if err != nil {
 		os.Exit(1)
 	}
-	m := New(Options{Dir: dir, State: dir, Backend: &fakeBackend{}, Log: zerolog.Nop(), Env: []string{"PATH=" + os.Getenv("PATH")}})
+	m := New(Options{Dir: func() string { return dir }, State: dir, Backend: &fakeBackend{}, Log: zerolog.Nop(), Env: []string{"PATH=" + os.Getenv("PATH")}})
 	var specs []Plugin
 	for _, mode := range []string{"judge", "forks", "stubborn"} {
 		specs = append(specs, Plugin{Name: mode, Path: exe, Args: mode + " " + mode, May: []string{"observe"}})
 	}
 	set, problems := m.Prepare(context.Background(), specs)
-	problems = append(problems, set.Apply(context.Background(), nil, hosts{}, specs, true)...)
+	problems = append(problems, set.Apply(context.Background(), nil, hosts{}, specs, true, nil)...)
 	for _, p := range problems {
 		if !p.Warning {
 			fmt.Println(p)
@@ -253,11 +255,11 @@ func TestMasterKilled(t *testing.T) {
 	for _, pid := range pids {
 		waitGone(t, pid)
 	}
-	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins", "*")); len(left) != 3 {
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins*", "p*")); len(left) != 3 {
 		t.Errorf("left: %q", left)
 	}
 	w.run([]Plugin{spec(t, "a", "")})
-	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins", "*")); len(left) != 1 {
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins*", "p*")); len(left) != 1 {
 		t.Errorf("the next master has: %q", left)
 	}
 }
@@ -282,7 +284,8 @@ func TestHostService(t *testing.T) {
 	}
 	can, cannot, builtIn := spec(t, "can", ""), spec(t, "cannot", ""), spec(t, "built-in", "")
 	can.May, builtIn.BuiltIn = all, true
-	w.run([]Plugin{can, cannot, builtIn}, block("can", "h", "allow"), block("cannot", "h", "allow"), block("built-in", "h", "allow"))
+	w.run([]Plugin{can, cannot, builtIn}, block("can", "h", "allow"), block("cannot", "h", "allow"), block("built-in", "h", "allow"),
+		block("can", "refused", "allow"), block("built-in", "refused", "allow"))
 	for _, c := range []struct {
 		args   []string
 		status int
@@ -290,10 +293,15 @@ func TestHostService(t *testing.T) {
 		call   string // that the master saw
 		need   string // capability
 	}{
-		{[]string{"list"}, 0, "1 u@h:22\n", "", "list"},
-		{[]string{"connect", "h"}, 0, "1\n", "connect u@h:22", "connect"},
+		{[]string{"list"}, 0, "1 u@h:22 allow\n", "", "list"},
+		{[]string{"connect", "h"}, 0, "1 allow\n", "connect u@h:22", "connect"},
 		{[]string{"connect", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
 		{[]string{"connect", "unknown"}, 255, "no such host\n", "", "connect"},
+		{[]string{"connect", "refused"}, 3, "u@refused:22: permission denied\n", "", "connect"},
+		{[]string{"resolve", "h"}, 0, "u@h:22 allow\n", "", "connect"},
+		{[]string{"resolve", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
+		{[]string{"resolve", "unknown"}, 255, "no such host\n", "", "connect"},
+		{[]string{"drain", "1"}, 0, "", "drain 1", "close"},
 		{[]string{"close", "1"}, 0, "", "close 1", "close"},
 		{[]string{"close", "2"}, 1, "denied: u@foreign:22 has no block of can\n", "", "close"},
 		{[]string{"close", "3"}, 255, "there is no connection 3\n", "", "close"},
@@ -303,8 +311,10 @@ func TestHostService(t *testing.T) {
 		{[]string{"dial", "1", "refused:1"}, 255, `refused by the server: connect failed\x1b` + "\n", "", "dial"},
 		{[]string{"dial", "1", "denied:1"}, 1, "denied: denied by policy: no\n", "", "dial"},
 		{[]string{"dial", "2", "echo:1"}, 1, "denied: u@foreign:22 has no block of can\n", "", "dial"},
-		{[]string{"handover", "1", "echo:1"}, 0, "first second", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover", "1", "echo:1"}, 0, "open: first second (in 12, out 12)", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover-not", "1", "echo:1"}, 255, "not today\n", "dial 1 tcp echo:1", "dial"},
 		{[]string{"listen", "1", "localhost:0"}, 0, "127.0.0.1:4444\n192.0.2.1:99\n", "listen 1 tcp localhost:0", "listen"},
+		{[]string{"offer", "1", "localhost:0"}, 0, "192.0.2.1:99\nover there (in 0, out 10)", "listen 1 tcp localhost:0", "listen"},
 		{[]string{"listen", "2", "localhost:0"}, 1, "denied: u@foreign:22 has no block of can\n", "", "listen"},
 		{[]string{"kept"}, 0, "", "", "keep"},
 		{[]string{"keep", "this"}, 0, "", "", "keep"},
@@ -317,7 +327,7 @@ func TestHostService(t *testing.T) {
 			w.backend.mu.Unlock()
 			for _, name := range []string{"can", "built-in"} {
 				status, out := w.command(name, c.args...)
-				if want := strings.ReplaceAll(c.want, "of can", "of "+name); status != c.status || out != want {
+				if want := strings.NewReplacer("of can", "of "+name, "can/", name+"/").Replace(c.want); status != c.status || out != want {
 					t.Errorf("%s: status %d, %q", name, status, out)
 				}
 			}
@@ -339,6 +349,15 @@ func TestHostService(t *testing.T) {
 			}
 		})
 	}
+	// A record needs no capability, and is escaped.
+	if status, out := w.command("cannot", "record", "grant", "u@h:22", "to zsh\x1b"); status != 0 || out != "" {
+		t.Errorf("record: status %d, %q", status, out)
+	}
+	w.backend.mu.Lock()
+	if want := `record grant u@h:22 to zsh\x1b by cannot true`; !slices.Contains(w.backend.calls, want) {
+		t.Errorf("calls: %q", w.backend.calls)
+	}
+	w.backend.mu.Unlock()
 	// Kept data survives the plugin.
 	inst, _ := w.m.set().find("can").up()
 	inst.Kill()
@@ -387,20 +406,20 @@ func TestTickets(t *testing.T) {
 		return hex.EncodeToString(id)
 	}
 	id := issue()
-	if _, out := w.command("b", "spend", w.m.streams.path, id); out != refused {
+	if _, out := w.command("b", "spend", w.m.streams.place().listener.Path(), id); out != refused {
 		t.Errorf("another plugin: %s", out)
 	}
 	var out bytes.Buffer
-	if spend(w.m.streams.path, id, &out); out.String() != refused {
+	if spend(w.m.streams.place().listener.Path(), id, &out); out.String() != refused {
 		t.Errorf("a stranger: %s", out.String())
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, id); out != `"\x00hello"` {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), id); out != `"\x00hello"` {
 		t.Errorf("its owner: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, id); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), id); out != refused {
 		t.Errorf("a second time: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, strings.Repeat("00", ticketSize)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), strings.Repeat("00", pluginrun.TicketSize)); out != refused {
 		t.Errorf("a guess: %s", out)
 	}
 	w.m.o.Timing.Ticket = time.Millisecond
@@ -413,7 +432,7 @@ func TestTickets(t *testing.T) {
 		t.Errorf("an old ticket's stream: %v", err)
 	}
 	far.Close()
-	if _, out := w.command("a", "spend", w.m.streams.path, hex.EncodeToString(late)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), hex.EncodeToString(late)); out != refused {
 		t.Errorf("too late: %s", out)
 	}
 	// Those that a plugin leaves behind end with it.
@@ -479,7 +498,7 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 	}
-	if _, out := w.command("a", "list"); out != "1 u@h:22\n" {
+	if _, out := w.command("a", "list"); out != "1 u@h:22 allow\n" {
 		t.Errorf("the plugin itself: %q", out)
 	}
 }
@@ -505,7 +524,7 @@ func TestReload(t *testing.T) {
 	if got := len(set.Described()); got != 3 {
 		t.Errorf("%d described", got)
 	}
-	problems := set.Apply(t.Context(), blocks, lookupOf(blocks), newcomer, false)
+	problems := set.Apply(t.Context(), blocks, lookupOf(blocks), newcomer, false, nil)
 	if len(problems) != 2 || problems[0].Error() != `config.hcl:3: plugin b: that word is bad\x1b` || problems[0].Warning || !problems[1].Warning ||
 		!problems[0].Path.Equals(cty.GetAttrPath("rule").IndexInt(1).GetAttr("words").IndexInt(0)) ||
 		!problems[1].Path.Equals(cty.GetAttrPath("limits").IndexString("a")) {
@@ -520,7 +539,7 @@ func TestReload(t *testing.T) {
 	blocks[2] = own(false)
 	blocks[0].ID, blocks[1].ID = "a/new", "b/new" // the hosts are other ones now
 	set, _ = w.m.Prepare(t.Context(), specs)
-	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, false); len(problems) != 0 {
+	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, false, nil); len(problems) != 0 {
 		t.Error(problems)
 	}
 	if d := w.check(use.Exec, "h"); d != nil {
@@ -536,7 +555,7 @@ func TestReload(t *testing.T) {
 	}
 	// None mentioned: none runs.
 	set, _ = w.m.Prepare(t.Context(), nil)
-	set.Apply(t.Context(), nil, hosts{}, nil, false)
+	set.Apply(t.Context(), nil, hosts{}, nil, false, nil)
 	for name, pid := range was {
 		waitGone(t, pid)
 		if _, err := w.m.Command(t.Context(), name, nil, io.Discard, io.Discard); err != ErrNoVerb {
@@ -553,12 +572,12 @@ func TestLongPath(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(long) })
-	w.m.o.Dir = long
+	w.m.o.Dir = func() string { return long }
 	w.run([]Plugin{spec(t, "a", "")}, block("a", "h", "deny"))
 	if d := w.check(use.Exec, "h"); d == nil {
 		t.Error("the plugin was not asked")
 	}
-	short := filepath.Dir(w.m.streams.dir)
+	short := filepath.Dir(w.m.streams.place().dir)
 	w.m.Close()
 	if _, err := os.Stat(short); !os.IsNotExist(err) {
 		t.Errorf("%s is left: %v", short, err)

@@ -166,7 +166,7 @@ host "*" {
 		{"audit-mail", -1, "to 1", "config.hcl:2:14: audit-mail: bad"},
 		{"audit-mail", -1, "to 2", "config.hcl:2:8: audit-mail: bad"},
 		{"audit-mail", -1, "limits", "config.hcl:1:1: audit-mail: bad"},
-		{"forward", -1, "", "config.hcl: forward: bad"},
+		{"forward", -1, "to", "config.hcl:6:3: forward: bad"},
 		{"nobody", 99, "", "config.hcl: nobody: bad"},
 	} {
 		if d := s.Problem(c.plugin, c.id, path(c.path), Error, " bad\n"); d.Error() != c.want {

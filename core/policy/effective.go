@@ -170,6 +170,13 @@ func (e *effective) Block(plugin string, u use.Use) (int, *use.Denied) {
 	return b.ID, nil
 }
 
+// Covers reports whether a host has a block of the plugin, whatever its `when` says.
+func (s *Snapshot) Covers(plugin string, t use.Target) bool {
+	return slices.ContainsFunc(s.effective(t, use.Caller{}).hosts, func(h *hostBlock) bool {
+		return slices.ContainsFunc(h.blocks, func(b *PluginBlock) bool { return b.Plugin == plugin })
+	})
+}
+
 func (e *effective) block(plugin string, ctx context) (*PluginBlock, *failure) {
 	for _, h := range e.hosts {
 		for _, b := range h.blocks {

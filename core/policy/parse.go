@@ -54,7 +54,7 @@ var (
 		{Name: "on_failure", Type: cty.String, Default: cty.StringVal("deny"), Words: []string{"deny", "allow"},
 			Doc: "what it means for a use if the plugin does not answer"},
 		{Name: "may", Type: cty.List(cty.String), Doc: "capabilities",
-			Words: []string{"observe", "list", "connect", "close", "dial", "listen", "decide", "notify", "state"}},
+			Words: []string{"observe", "list", "connect", "close", "dial", "listen", "decide", "notify", "keep"}},
 	}}
 	hostBody = Block{Attributes: []Attribute{
 		{Name: "share", Type: cty.Bool, Default: cty.True, Doc: "false: clients connect by themselves, without the master"},
@@ -306,6 +306,7 @@ func (p *parser) parseHost(block *hclsyntax.Block) {
 
 	names := []string{"deny", "lane"}
 	names = append(names, slices.Sorted(maps.Keys(p.s.opts.Schemas))...)
+	names = append(names, p.s.opts.Others...)
 	for _, plugin := range p.s.plugins {
 		if !slices.Contains(names, plugin.Name) {
 			names = append(names, plugin.Name)
@@ -317,7 +318,7 @@ func (p *parser) parseHost(block *hclsyntax.Block) {
 	}
 	if p.s.opts.Schemas == nil { // any other name may be a plugin's, but not one that denies nothing for a slip of the pen
 		for _, b := range block.Body.Blocks {
-			slip := near(b.Type, []string{"deny", "lane"}) != ""
+			slip := Near(b.Type, []string{"deny", "lane"}) != ""
 			if namePattern.MatchString(b.Type) && !reserved(b.Type) && !slices.Contains(names, b.Type) && !slip {
 				body.Blocks = append(body.Blocks, Nested{Type: b.Type})
 			}

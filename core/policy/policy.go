@@ -33,6 +33,8 @@ type Options struct {
 	// Schemas are what the plugins declare, by their names. A block of a plugin that is not in it is kept, and of what it
 	// holds only the core's own part is checked. nil: any name may be a plugin's.
 	Schemas map[string]Schema
+	// Others are plugins whose schema is not known although Schemas is set: they could not be asked.
+	Others []string
 	// Alias reports whether t.Alias leads to t's host: whether our own `ssh -G -l USER -p PORT ALIAS`, without the caller's
 	// options, says t.Host. A caller chooses the alias, and must not name itself into a laxer block. It is asked
 	// by For, at most once per call and only where the answer matters, so it has to be quick. nil: no alias counts.
@@ -71,6 +73,19 @@ func Load(path string, mayMiss bool, o Options) (*Snapshot, Diagnostics) {
 func Default(o Options) *Snapshot {
 	s, _ := Parse("", nil, o)
 	return s
+}
+
+// WithSchemas reads the same text again, now with what the plugins declare. Of those that are not in schemas it knows no
+// more than before.
+func (s *Snapshot) WithSchemas(schemas map[string]Schema) (*Snapshot, Diagnostics) {
+	o := s.opts
+	o.Schemas, o.Others = schemas, nil
+	for _, p := range s.plugins {
+		if _, ok := schemas[p.Name]; !ok {
+			o.Others = append(o.Others, p.Name)
+		}
+	}
+	return Parse(s.file, s.src, o)
 }
 
 // Snapshot is a policy. It never changes, and may be used by many goroutines.
@@ -178,7 +193,7 @@ func (s *Snapshot) Blocks(plugin string) []PluginBlock {
 func (s *Snapshot) EnvNames() []string { return slices.Clone(s.envs) }
 
 // Problem places what a plugin has to say about its configuration: about its block of that ID, or about its plugin block
-// if id is negative. path leads to the place as in the decoded value; where it can't be followed any further, the problem
+// if id is negative (without one, about where it is first mentioned). path leads to the place as in the decoded value; where it can't be followed any further, the problem
 // is placed at what it leads to until there.
 func (s *Snapshot) Problem(plugin string, id int, path cty.Path, severity Severity, message string) Diagnostic {
 	var block *hclsyntax.Block
@@ -189,6 +204,9 @@ func (s *Snapshot) Problem(plugin string, id int, path cty.Path, severity Severi
 			if p.Name == plugin {
 				block = p.block
 			}
+		}
+		if i := slices.IndexFunc(s.blocks, func(b *PluginBlock) bool { return b.Plugin == plugin }); block == nil && i >= 0 {
+			block, path = s.bodies[i], nil
 		}
 	}
 	d := Diagnostic{Severity: severity, Message: plugin + ": " + oneLine(message)}

@@ -271,7 +271,7 @@ host "*" {
 	if b := block("confirm", git); b["ask"] != "never" || b["remember"] != "0s" {
 		t.Error(b) // not merged with the next
 	}
-	if b := block("confirm", shell); b["ask"] != "always" || b["remember"] != "5m" || len(b["on"].([]any)) != 4 {
+	if b := block("confirm", shell); b["ask"] != "always" || b["remember"] != "5m" || len(b["on"].([]any)) != 9 {
 		t.Error(b)
 	}
 	if b := block("persist", use.Use{}); b["idle"] != "2h" || b["prewarm"] != false || b["until"] != "" {
@@ -396,6 +396,54 @@ host "*" {
 	loadWith(t, "plugin \"dns\" {}\nhost \"*\" {\ndns {}\n}", Options{})
 	if s, d := Parse("config.hcl", []byte("host \"*\" {\nown {}\n}"), Options{Schemas: schemas()}); s != nil {
 		t.Error(d)
+	}
+}
+
+// A policy is read again with the schemas of the plugins that it mentions; of one that could not be asked it knows no more
+// than before.
+func TestWithSchemas(t *testing.T) {
+	src := `host "*.example.com" {
+  persist {
+    when = host.port == 22
+    idle = "10m"
+  }
+  auditlog {
+    anything = 1
+  }
+}
+`
+	draft, diags := Parse("config.hcl", []byte(src), Options{})
+	if draft == nil {
+		t.Fatal(diags)
+	}
+	s, diags := draft.WithSchemas(map[string]Schema{"persist": schemas()["persist"]})
+	if s == nil {
+		t.Fatal(diags)
+	}
+	if b := s.Blocks("persist"); b[0].Value == cty.NilVal || b[0].Value.GetAttr("idle").AsString() != "10m" {
+		t.Errorf("%#v", b)
+	}
+	if b := s.Blocks("auditlog"); len(b) != 1 || b[0].Value != cty.NilVal {
+		t.Errorf("%#v", b)
+	}
+	at := func(host string, port uint16) use.Target { return use.Target{User: "me", Host: host, Port: port} }
+	for _, c := range []struct {
+		plugin string
+		t      use.Target
+		want   bool
+	}{
+		{"persist", at("db.example.com", 22), true},
+		{"persist", at("db.example.com", 23), true}, // whatever its when says
+		{"persist", at("db.example.org", 22), false},
+		{"auditlog", at("db.example.com", 22), true},
+		{"confirm", at("db.example.com", 22), false},
+	} {
+		if got := s.Covers(c.plugin, c.t); got != c.want {
+			t.Errorf("%s covers %s: %v", c.plugin, c.t, got)
+		}
+	}
+	if s, diags := draft.WithSchemas(map[string]Schema{"auditlog": {}}); s != nil || !strings.Contains(diags.Errors().Error(), "anything") {
+		t.Errorf("%v, %v", s, diags.Errors())
 	}
 }
 

@@ -362,7 +362,7 @@ func (a Attribute) checkValue(r *report, ranges []hcl.Range, v cty.Value, where 
 		}
 		if s := t.AsString(); !a.fits(s) {
 			message := fmt.Sprintf("%s in %s can't be %q", a.Name, where, s)
-			if name := near(s, a.Words); name != "" {
+			if name := Near(s, a.Words); name != "" {
 				message += fmt.Sprintf("; did you mean %q?", name)
 			}
 			r.add(Error, at, a.allowed(), message)

@@ -185,7 +185,7 @@ func (u *upstream) request(ctx context.Context, name string, wantReply bool, pay
 		err  error
 	}
 	done := make(chan result, 1)
-	u.pool.wg.Go(func() {
+	u.pool.spawn(func() {
 		ok, data, err := u.conn.SendRequest(name, wantReply, payload)
 		done <- result{ok, data, err}
 	})

@@ -320,6 +320,7 @@ func (p *Pool) grow(ctx context.Context, k laneKey, spec Spec, by use.Use, f *fl
 		u.keepSpareLocked()
 		// Those who waited for it may have left.
 		u.idle++
+		u.left = time.Now()
 		idle := u.idle
 		p.wg.Go(func() { u.release(idle) })
 	} else if f.reason == nil {

@@ -328,7 +328,7 @@ func (l *Lease) Request(ctx context.Context, permit *use.Permit, name string, wa
 }
 
 // Go runs f, which ends when the upstreams or the client have ended, in a goroutine that the pool waits for.
-func (l *Lease) Go(f func()) { l.pool.wg.Go(f) }
+func (l *Lease) Go(f func()) { l.pool.spawn(f) }
 
 // Discard refuses what still comes on a channel's requests, until that closes.
 func (l *Lease) Discard(reqs <-chan *ssh.Request) { l.Go(func() { discard(reqs) }) }

@@ -36,6 +36,7 @@ type Pool struct {
 	learned map[string]map[string]bool // by sharing key: the programs that turned out to be bulk
 	wake    chan struct{}              // closed, and made anew, when there may be room for a session
 	quiet   map[string]chan struct{}   // by sharing key: closed when no client is left
+	again   chan struct{}              // closed, and made anew, when the Retainer is to be asked again
 	closed  bool
 }
 
@@ -49,7 +50,7 @@ func newWithClock(d Dialer, r Retainer, gate use.Gate, log zerolog.Logger, clock
 	p := &Pool{
 		dialer: d, retainer: r, gate: gate, log: log, clock: clock, flights: map[flightKey]*flight{},
 		growths: map[laneKey]*growth{}, learned: map[string]map[string]bool{}, wake: make(chan struct{}),
-		quiet: map[string]chan struct{}{},
+		quiet: map[string]chan struct{}{}, again: make(chan struct{}),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.wg.Go(p.watchClock)
@@ -77,6 +78,13 @@ func (p *Pool) goLocked(f func()) {
 		return
 	}
 	p.wg.Go(f)
+}
+
+// spawn is goLocked for those who do not hold Pool.mu. Plugins may still open channels and forwards while Close runs.
+func (p *Pool) spawn(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.goLocked(f)
 }
 
 var errClosed = errors.New("the master is stopping")
@@ -133,6 +141,32 @@ type waiter struct {
 	// lease is set before the flight's done is closed. All get theirs at once: if each took its own when it wakes, the
 	// first could be gone by then, and the upstream with it.
 	lease *Lease
+}
+
+// Attach returns a lease on the living upstream of that number, for one use of it that is no client's. The lease must be
+// released.
+func (p *Pool) Attach(ctx context.Context, permit *use.Permit, id uint64) (*Lease, error) {
+	if !permit.Valid(use.LocalForward, use.RemoteForward) {
+		return nil, errors.New("no permit to attach")
+	}
+	p.mu.Lock()
+	i := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.id == id })
+	if i < 0 || p.closed || p.ups[i].draining || p.ups[i].conn.Down() {
+		p.mu.Unlock()
+		return nil, fmt.Errorf("connection %d: %w", id, ErrGone)
+	}
+	u := p.ups[i]
+	k := flightKey{key: u.key, agent: u.conn.Server().AgentID, lane: u.lane.Agent}
+	l := p.newLeaseLocked(u, k, u.spec, permit.Use())
+	p.mu.Unlock()
+	if err := u.checked(ctx); err != nil {
+		l.Release()
+		if ctx.Err() == nil {
+			err = fmt.Errorf("connection %d: %w: %w", id, ErrGone, err)
+		}
+		return nil, err
+	}
+	return l, nil
 }
 
 // Acquire returns a lease on an upstream for spec: a living one if there is one that may be shared, else the result
@@ -380,7 +414,7 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		f.err = f.reason
 	} else {
 		for _, w := range f.waiters {
-			w.again = w.late
+			w.again = w.late || spec.Silent && !w.spec.Silent // a login without its person says nothing about one with
 		}
 	}
 	close(f.done)
@@ -397,7 +431,21 @@ func (p *Pool) up(u *upstream, since time.Time) {
 	s := u.conn.Server()
 	p.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Str("addr", s.Addr).Str("auth", s.Auth).
 		Str("server", use.Printable(s.Version)).Dur("took", time.Since(since)).Msg("upstream is up")
+	if w, ok := p.retainer.(Watcher); ok {
+		p.mu.Lock()
+		info := u.infoLocked()
+		p.mu.Unlock()
+		w.Up(info)
+	}
 	u.run()
+}
+
+// Reconsider has the Retainer asked again about all connections without clients: it would say something else now.
+func (p *Pool) Reconsider() {
+	p.mu.Lock()
+	close(p.again)
+	p.again = make(chan struct{})
+	p.mu.Unlock()
 }
 
 // end closes a connection that nobody uses.
@@ -480,6 +528,8 @@ type ConnInfo struct {
 	LastHeard time.Time
 	Server    ServerInfo
 	Clients   int
+	IdleSince time.Time // when the last client left; zero: there are some
+	KeptUntil time.Time // by what the Retainer said last; zero: there are clients, or it has not said anything yet
 	Channels  int64
 	In, Out   int64 // bytes of channel data: towards the remote host, from it
 	Sessions  int   // open session channels, the spare among them
@@ -594,6 +644,9 @@ func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
 }
 
 var errLost = errors.New("connection lost")
+
+// ErrGone is that a connection which was named has ended, or takes nobody any more.
+var ErrGone = errors.New("the connection has ended")
 
 func lostError(t use.Target, cause error) error {
 	if cause != nil {

@@ -104,5 +104,6 @@ func (p *Pool) watchClock() {
 		for _, u := range ups {
 			u.probe()
 		}
+		p.Reconsider() // what was to be kept until then may be overdue
 	}
 }

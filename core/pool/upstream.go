@@ -39,8 +39,10 @@ type upstream struct {
 	probing  *probe                   // under way
 	suspect  time.Time                // LastHeard when a probe failed, until it changes
 	draining bool
-	reason   error  // why we closed it, for its clients
-	idle     uint64 // counts the times that the last client left; a decision about an older idle is void
+	reason   error     // why we closed it, for its clients
+	idle     uint64    // counts the times that the last client left; a decision about an older idle is void
+	left     time.Time // when it did
+	kept     time.Time // until when, as the Retainer said after that; zero: nothing yet
 
 	fwd forwards
 }
@@ -72,8 +74,13 @@ func (u *upstream) infoLocked() ConnInfo {
 	if u.draining {
 		state = Draining
 	}
+	since, kept := u.left, u.kept
+	if len(u.leases) > 0 {
+		since, kept = time.Time{}, time.Time{}
+	}
 	return ConnInfo{
 		ID: u.id, Target: u.spec.Target, Lane: u.lane.String(), State: state, Since: u.since, LastHeard: u.conn.LastHeard(),
+		IdleSince: since, KeptUntil: kept,
 		Server: u.conn.Server(), Clients: len(u.leases), Channels: u.channels.Load(), In: u.in.Load(), Out: u.out.Load(),
 		Sessions: u.sessions.open, MaxSessions: u.sessions.limit, Suspect: u.suspectLocked(),
 	}
@@ -97,6 +104,7 @@ func (u *upstream) letGoLocked(l *Lease) {
 		return
 	}
 	u.idle++
+	u.left, u.kept = time.Now(), time.Time{}
 	if idle := u.idle; !u.pool.closed {
 		u.pool.wg.Go(func() { u.release(idle) })
 	}
@@ -139,9 +147,14 @@ func (u *upstream) run() {
 		err := u.conn.Wait()
 		u.pool.mu.Lock()
 		u.pool.ups = slices.DeleteFunc(u.pool.ups, func(o *upstream) bool { return o == u })
+		lost, reason := u.reason == nil && u.conn.Cause() != nil, u.reason
 		if u.reason == nil {
 			u.reason = lostError(u.spec.Target, u.conn.Cause())
 		}
+		if lost {
+			reason = u.reason
+		}
+		info := u.infoLocked()
 		clients := len(u.leases)
 		for l := range u.leases {
 			l.lostLocked(u)
@@ -151,6 +164,9 @@ func (u *upstream) run() {
 		u.pool.mu.Unlock()
 		drains.Wait()
 		u.fwd.end()
+		if w, ok := u.pool.retainer.(Watcher); ok {
+			w.Down(info, lost, reason)
+		}
 		u.pool.log.Info().Uint64("upstream", u.id).Stringer("target", u.spec.Target).Int("clients", clients).
 			AnErr("cause", u.conn.Cause()).AnErr("transport", err).Msg("upstream has ended")
 	})
@@ -213,6 +229,7 @@ func (u *upstream) release(idle uint64) {
 		u.pool.mu.Lock()
 		info := u.infoLocked()
 		extra, quiet := u.extraLocked()
+		again := u.pool.again
 		u.pool.mu.Unlock()
 		wait := time.Duration(0)
 		switch {
@@ -222,8 +239,14 @@ func (u *upstream) release(idle uint64) {
 			lingered = true
 		case !extra:
 			ctx, cancel := context.WithTimeout(u.pool.ctx, 10*time.Second)
-			wait = time.Until(u.pool.retainer.Retain(ctx, info))
+			until := u.pool.retainer.Retain(ctx, info)
 			cancel()
+			u.pool.mu.Lock()
+			wait = time.Until(until)
+			if u.kept = until; u.idle != idle || wait <= 0 {
+				u.kept = time.Time{}
+			}
+			u.pool.mu.Unlock()
 		}
 		if wait <= 0 {
 			break
@@ -232,6 +255,7 @@ func (u *upstream) release(idle uint64) {
 		select {
 		case <-t.C:
 		case <-quiet:
+		case <-again:
 		case <-u.dead:
 			t.Stop()
 			return

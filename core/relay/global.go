@@ -210,7 +210,7 @@ func (r *Relay) startForward(q *ssh.Request) {
 	u.Addr = a.String()
 	permit, denied := r.decide(u)
 	if denied != nil {
-		r.tell("remote forward of " + use.Printable(u.Addr) + ": " + denied.Error())
+		r.Tell("remote forward of " + use.Printable(u.Addr) + ": " + denied.Error())
 		_ = q.Reply(false, nil)
 		return
 	}

@@ -308,9 +308,9 @@ func (r *Relay) wait(earlier <-chan struct{}) bool {
 	}
 }
 
-// tell shows a line to the person about what the protocol has no words for. Without a session it waits for the next one;
+// Tell shows a line to the person about what the protocol has no words for. Without a session it waits for the next one;
 // for ssh -N there is none, and ssh's own warning has to do.
-func (r *Relay) tell(line string) {
+func (r *Relay) Tell(line string) {
 	r.mu.Lock()
 	var oldest *session
 	for s := range r.sessions {

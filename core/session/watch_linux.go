@@ -80,7 +80,7 @@ func (w *watch) keep(ctx context.Context, name string, follow func(context.Conte
 		}
 		if err != nil && err.Error() != told {
 			told = err.Error()
-			w.Log.Warn().Err(err).Str("bus", name).Msg("lock_on: what happens there is not seen")
+			w.Log.Warn().Err(err).Str("bus", name).Msg("when the session locks or the machine sleeps is not seen")
 		}
 		t := time.NewTimer(again)
 		select {
@@ -151,6 +151,9 @@ func (w *watch) heard(ctx context.Context, c *dbus.Conn, s *dbus.Signal, delay *
 			return
 		}
 		if !before { // awake again: what was locked stays so
+			if a, ok := w.lock.(Waker); ok {
+				a.Awake()
+			}
 			delay.take(ctx, w, c)
 			return
 		}

@@ -38,7 +38,8 @@ type AuditOptions struct {
 	Report func(error)
 }
 
-// Audit writes two JSON lines per use, joined by "id": the decision, and the end of what was allowed.
+// Audit writes two JSON lines per use, joined by "id": the decision, and the end of what was allowed. What plugins do by
+// themselves is a line each ("record":"plugin").
 //
 // Callers don't wait for the disk, unless what can't be logged must not happen (Require): records go through a bounded
 // queue to one goroutine. What a full queue or a failing disk loses is counted, and the log itself says so
@@ -210,6 +211,12 @@ func (a *Audit) end(id string, r Result, at time.Time, duration time.Duration) {
 	a.put(&endEvent{id, r, at, duration})
 }
 
+// Record logs what a plugin did by itself: event is a word, target the USER@HOST:PORT that it is about or "", detail a
+// line.
+func (a *Audit) Record(plugin, event, target, detail string) {
+	a.put(&pluginRecord{"plugin", time.Now(), short(plugin), short(event), short(target), short(detail)})
+}
+
 // short cuts text to what the log has room for, and lets go of the rest.
 func short(s string) string {
 	const most = 1024
@@ -276,6 +283,15 @@ type endRecord struct {
 	Error      string    `json:"error,omitempty"`
 }
 
+type pluginRecord struct {
+	Record string    `json:"record"` // "plugin"
+	Time   time.Time `json:"time"`
+	Plugin string    `json:"plugin"`
+	Event  string    `json:"event"`
+	Target string    `json:"target,omitempty"`
+	Detail string    `json:"detail,omitempty"`
+}
+
 type droppedRecord struct {
 	Record string    `json:"record"` // "dropped"
 	Time   time.Time `json:"time"`
@@ -310,6 +326,10 @@ func (a *Audit) record(event any) any {
 			Signal: Printable(e.result.Signal), In: e.result.In, Out: e.result.Out,
 			DurationMS: milliseconds(e.duration), Error: Printable(e.result.Err),
 		}
+	case *pluginRecord:
+		r := *e
+		r.Plugin, r.Event, r.Target, r.Detail = Printable(r.Plugin), Printable(r.Event), Printable(r.Target), Printable(r.Detail)
+		return r
 	}
 	panic(fmt.Sprintf("use: no record for %T", event))
 }

@@ -241,6 +241,9 @@ func (r proc) env(p Process, names []string) map[string]string {
 	return pickEnv(environ, names)
 }
 
+// Chain is a process and its parents, as ReadCaller would have them; nil if there is none of that number.
+func Chain(pid int) []Process { return proc{root: "/proc"}.chain(pid) }
+
 // Self is this process and its parents, as ReadCaller would have it.
 func Self() Caller {
 	return Caller{UID: os.Geteuid(), Processes: proc{root: "/proc"}.chain(os.Getpid())}

@@ -15,27 +15,47 @@ import (
 // ctx is done. It is called by many goroutines at once.
 type Check func(ctx context.Context, u Use, say func(string)) *Denied
 
+// Observer is told of every decision, and of the end of what was allowed. Its methods are called by many goroutines at
+// once and must not block. The id joins the two.
+type Observer interface {
+	Decided(id string, u Use, d *Denied)
+	Ended(id string, u Use, r Result)
+}
+
 // NewGate returns a gate that asks the checks in their order, takes the first denial, and allows what none denies. A use
 // of a kind that Kinds does not list is denied. Every decision goes to audit, which may be nil and which the caller
 // closes after the last use has ended.
-func NewGate(audit *Audit, checks ...Check) Gate { return newGate(audit, nil, checks) }
+func NewGate(audit *Audit, checks ...Check) Gate { return newGate(audit, nil, nil, checks) }
 
 // NewGate returns a gate that asks the lock before all checks, and once more after them: they may have waited for a
-// person. The lock is also asked about what comes of uses that were permitted before: see Permit.Connect.
-func (l *Lock) NewGate(audit *Audit, checks ...Check) Gate { return newGate(audit, l, checks) }
-
-func newGate(audit *Audit, l *Lock, checks []Check) Gate {
-	var b [4]byte
-	rand.Read(b[:]) // never fails
-	return &gate{audit: audit, lock: l, checks: checks, prefix: hex.EncodeToString(b[:]) + "-"}
+// person. The lock is also asked about what comes of uses that were permitted before: see Permit.Connect. observer may be
+// nil.
+func (l *Lock) NewGate(audit *Audit, observer Observer, checks ...Check) Gate {
+	return newGate(audit, l, observer, checks)
 }
 
+func newGate(audit *Audit, l *Lock, observer Observer, checks []Check) Gate {
+	var b [4]byte
+	rand.Read(b[:]) // never fails
+	if observer == nil {
+		observer = nobody{}
+	}
+	return &gate{audit: audit, lock: l, observer: observer, checks: checks, prefix: hex.EncodeToString(b[:]) + "-"}
+}
+
+// nobody observes.
+type nobody struct{}
+
+func (nobody) Decided(string, Use, *Denied) {}
+func (nobody) Ended(string, Use, Result)    {}
+
 type gate struct {
-	audit  *Audit
-	lock   *Lock // nil: none
-	checks []Check
-	prefix string // tells this gate's ids from those of earlier masters in the same log
-	last   atomic.Uint64
+	audit    *Audit
+	lock     *Lock // nil: none
+	observer Observer
+	checks   []Check
+	prefix   string // tells this gate's ids from those of earlier masters in the same log
+	last     atomic.Uint64
 }
 
 // Decide implements Gate.
@@ -54,6 +74,7 @@ func (g *gate) Decide(ctx context.Context, u Use, say func(string)) (*Permit, *D
 		}
 		g.audit.denial(id, u, denied, now, now.Sub(began))
 	}
+	g.observer.Decided(id, u, denied)
 	if denied != nil {
 		return nil, denied
 	}
@@ -136,7 +157,9 @@ func (p *Permit) Connect() *Denied {
 	d := p.p.gate.locked(p.p.use)
 	if d != nil {
 		g := p.p.gate
-		g.audit.denial(g.prefix+strconv.FormatUint(g.last.Add(1), 10), p.p.use, d, time.Now(), 0)
+		id := g.prefix + strconv.FormatUint(g.last.Add(1), 10)
+		g.audit.denial(id, p.p.use, d, time.Now(), 0)
+		g.observer.Decided(id, p.p.use, d)
 	}
 	return d
 }
@@ -148,4 +171,5 @@ func (p *Permit) End(r Result) {
 	}
 	now := time.Now()
 	p.p.gate.audit.end(p.p.id, r, now, now.Sub(p.p.since))
+	p.p.gate.observer.Ended(p.p.id, p.p.use, r)
 }

@@ -4,8 +4,10 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -219,5 +221,71 @@ func TestDecideIsQuick(t *testing.T) {
 	// Ten times the goal: the race detector and a busy machine count too.
 	if each := time.Since(began) / n; each > 200*time.Microsecond {
 		t.Errorf("a decision takes %v", each)
+	}
+}
+
+// log is an Observer that writes down what it is told.
+type log struct {
+	mu    sync.Mutex // guards lines
+	lines []string
+}
+
+func (l *log) note(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lines = append(l.lines, fmt.Sprintf(format, args...))
+}
+
+func (l *log) Decided(id string, u use.Use, d *use.Denied) {
+	l.note("%s %s %v", id, u.Kind, d == nil)
+}
+func (l *log) Ended(id string, u use.Use, r use.Result) { l.note("%s %s %s", id, u.Kind, r.Status) }
+
+// Who observes is told what the audit log says, with the same ids.
+func TestGateObserver(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	audit := openAudit(t, use.AuditOptions{Path: path})
+	var told log
+	lock, err := use.OpenLock(filepath.Join(t.TempDir(), "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := lock.NewGate(audit, &told, func(_ context.Context, u use.Use, _ func(string)) *use.Denied {
+		if u.Kind == use.Exec {
+			return &use.Denied{By: "test", Reason: "no"}
+		}
+		return nil
+	})
+	shell, _ := g.Decide(t.Context(), someUse(use.RemoteForward), nil)
+	g.Decide(t.Context(), someUse(use.Exec), nil)
+	if err := lock.LockSession(use.LockedByScreen); err != nil {
+		t.Fatal(err)
+	}
+	if shell.Connect() == nil {
+		t.Error("a connection in spite of the lock")
+	}
+	shell.End(use.Result{Status: "ok"})
+	shell.End(use.Result{Status: "cut"})
+	audit.Record("forward", "listen", "a@h:22", "on\x1b 1080")
+	if err := audit.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var logged []string
+	all := records(t, path)
+	for _, r := range all[:len(all)-1] {
+		switch r["record"] {
+		case "decision":
+			logged = append(logged, fmt.Sprintf("%s %s %v", r["id"], r["kind"], r["decision"] == "allow"))
+		case "end":
+			logged = append(logged, fmt.Sprintf("%s %s %s", r["id"], use.RemoteForward, r["status"]))
+		}
+	}
+	if len(logged) != 4 || !slices.Equal(logged, told.lines) {
+		t.Errorf("told %q, logged %q", told.lines, logged)
+	}
+	last := all[len(all)-1]
+	delete(last, "time")
+	if got := fmt.Sprint(last); got != `map[detail:on\x1b 1080 event:listen plugin:forward record:plugin target:a@h:22]` {
+		t.Error(got)
 	}
 }

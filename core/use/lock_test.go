@@ -44,8 +44,8 @@ func must(t *testing.T, err error) {
 // The table of the lock: each kind of use, and each control command, locked and not.
 func TestLockStopsAllButWhatTakesAway(t *testing.T) {
 	l, _ := openLock(t)
-	g := l.NewGate(nil)
-	never := []string{"lock", "unlock", "close", "drain", "stop", "stop --drain", "forward remove"}
+	g := l.NewGate(nil, nil)
+	never := []string{"lock", "unlock", "close", "drain", "stop", "stop --drain", "restart", "forward remove", "confirm forget"}
 	check := func(locked bool) {
 		t.Helper()
 		for _, kind := range use.Kinds() {
@@ -100,7 +100,7 @@ func TestLockSaysWhoAndWhatToDo(t *testing.T) {
 		for _, by := range c.session {
 			must(t, l.LockSession(by))
 		}
-		if _, denied := l.NewGate(nil).Decide(t.Context(), someUse(use.Shell), nil); denied == nil || denied.Error() != c.want {
+		if _, denied := l.NewGate(nil, nil).Decide(t.Context(), someUse(use.Shell), nil); denied == nil || denied.Error() != c.want {
 			t.Errorf("%+v: %v", c, denied)
 		}
 	}
@@ -243,7 +243,7 @@ func TestLockMeanwhile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")
 	audit := openAudit(t, use.AuditOptions{Path: path})
 	l, _ := openLock(t)
-	g := l.NewGate(audit, func(_ context.Context, u use.Use, _ func(string)) *use.Denied {
+	g := l.NewGate(audit, nil, func(_ context.Context, u use.Use, _ func(string)) *use.Denied {
 		if u.Kind == use.Shell {
 			must(t, l.Lock(nil))
 		}
@@ -300,7 +300,7 @@ func TestLockTellsOfChanges(t *testing.T) {
 // A master that drains is locked with the one that lives, which has the file.
 func TestLockOfADrainingMaster(t *testing.T) {
 	old, path := openLock(t)
-	g := old.NewGate(nil)
+	g := old.NewGate(nil, nil)
 	locked := func(want bool) {
 		t.Helper()
 		if _, denied := g.Decide(t.Context(), someUse(use.Shell), nil); (denied != nil) != want || old.State().Locked != want {

@@ -68,6 +68,8 @@ type Caller struct {
 	// Env holds the variables that policy refers to, of the process that started the client. They can be secret, and
 	// whoever starts a client chooses them.
 	Env map[string]string `json:"-"`
+	// LoggedIn says that the person at this client has answered what the login of its connection wanted to know.
+	LoggedIn bool `json:"-"`
 }
 
 // Use is one thing that a client asks for.
