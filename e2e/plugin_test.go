@@ -421,6 +421,87 @@ func TestAPluginActs(t *testing.T) {
 	})
 }
 
+// What a plugin has the master do is judged as the plugin's, and goes the way that a client's would.
+func TestWhatAPluginDoesIsJudged(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		h := newHops(w, 3)
+		port := strings.Fields(strings.SplitN(h.lines[2], "Port ", 2)[1])[0]
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		echo := w.echo("tcp", "127.0.0.1:0")
+		config := func(more string) string {
+			return "master {\n  ssh_config = \"" + h.config("via.conf", nil) + "\"\n}\n" +
+				judged(`["connect", "dial", "listen", "close"]`, "") + fmt.Sprintf(
+				"host \"127.0.0.1\" {\n  via = host.port == %s ? [\"hop1\", \"hop2\"] : []\n%s\n}\n", port, more)
+		}
+		w.policy(config(""))
+		if r := w.mux("master", "start"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		want(t, w.mux("judge", "dial", "hop3", echo), 0, "ping")
+		h.count(1, 1, 1) // not around the jump hosts
+		for what, c := range map[string]struct{ lines, why string }{
+			"not shared": {"share = host.port != " + port, "policy does not share connections to 127.0.0.1:" + port},
+			"a jump": {"deny {\n when = use.kind == \"jump\" && use.port == " + port + "\n reason = \"no way\"\n}",
+				"denied by policy: no way"},
+			"the caller": {fmt.Sprintf("deny {\n when = client.exe == %q && use.kind == \"attach\"\n reason = \"no plugins\"\n}", exe),
+				"denied by policy: no plugins"},
+		} {
+			w.reload(config(""))
+			want(t, w.mux("judge", "close", "hop3", "now"), 0, "")
+			w.reload(config(c.lines))
+			if r := w.mux("judge", "dial", "hop3", echo); r.status != 1 || !strings.Contains(r.err, c.why) {
+				t.Errorf("%s: %+v", what, r)
+			}
+		}
+		w.reload(config(""))
+
+		// The lock stops new connections of a standing forward.
+		p := w.start(spec{args: []string{binDir + "/muxproxy", "judge", "listen", "hop1", "127.0.0.1:0"}})
+		address, ok := p.out.expect("\n", patience)
+		if !ok {
+			t.Fatalf("no address: %s", p.err)
+		}
+		say := func() string {
+			t.Helper()
+			c, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(patience))
+			fmt.Fprint(c, "hello")
+			c.(*net.TCPConn).CloseWrite()
+			got, _ := io.ReadAll(c) // the lock's refusal can be a reset
+			return string(got)
+		}
+		if r := w.mux("lock"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := say(); got != "" {
+			t.Errorf("locked: %q", got)
+		}
+		if r := w.mux("judge", "dial", "hop1", echo); r.status == 0 || !strings.Contains(r.err, "denied by lock") {
+			t.Errorf("locked: %+v", r)
+		}
+		if r := w.mux("unlock"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := say(); got != "hello" {
+			t.Errorf("unlocked: %q", got)
+		}
+		if r := p.wait(patience); r.status != 0 {
+			t.Errorf("%+v", r)
+		}
+		eventually(t, "nothing holds the connections any more", func() bool { return len(w.mustStatus().Upstreams) == 0 })
+	})
+}
+
 // A master that is killed takes its plugins along.
 func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 	if !muxproxyOnly(t) {
@@ -579,6 +660,14 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		mute := strings.Replace(policy, exe, script, 1)
+		// Another one has its job, and goes on with it.
+		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", `    deny = ["shell"]`))
+		if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: no shell") {
+			t.Errorf("beside one that does not answer: %+v", r)
+		}
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
 		for what, text := range map[string]string{
 			"no answer": mute, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
 		} {

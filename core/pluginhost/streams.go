@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/muxproxy/muxproxy/core/paths"
@@ -263,9 +264,12 @@ func (s *streams) serve(c *net.UnixConn) {
 			return
 		}
 		defer s.untrack(socket)
+		socket.whole(false)
 		local = socket
 	}
-	join(local, t.stream)
+	if join(local, t.stream) && socket != nil {
+		socket.whole(true)
+	}
 }
 
 // duplex is a stream that can be closed for writing.
@@ -274,11 +278,25 @@ type duplex interface {
 	CloseWrite() error
 }
 
-// join copies both ways until both have ended, or one has failed.
-func join(a, b duplex) {
+// whole says whether the end of a TCP connection that was handed over is to be an end in good order. Otherwise it is a
+// reset, also if this process is killed: what was cut off must not look complete. Unix sockets have no way to say so.
+func (h *handed) whole(so bool) {
+	seconds := 0
+	if so {
+		seconds = -1 // the system's default
+	}
+	if t, ok := h.Conn.(*net.TCPConn); ok {
+		_ = t.SetLinger(seconds) // fails if it is closed already
+	}
+}
+
+// join copies both ways until both have ended, or one has failed; then it returns false.
+func join(a, b duplex) bool {
 	var copying sync.WaitGroup
+	var failed atomic.Bool
 	one := func(to, from duplex) {
 		if _, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, copyBuffer)); err != nil {
+			failed.Store(true)
 			a.Close()
 			b.Close()
 			return
@@ -288,6 +306,7 @@ func join(a, b duplex) {
 	copying.Go(func() { one(a, b) })
 	copying.Go(func() { one(b, a) })
 	copying.Wait()
+	return !failed.Load()
 }
 
 // close ends the socket, and all streams, for which it does not wait: one that a server does not take anything from ends

@@ -257,8 +257,8 @@ func (s *supervised) again() error {
 		if ds, err = s.send(s.ctx, inst, blocks); err == nil {
 			if i := slices.IndexFunc(ds, isError); i >= 0 {
 				err = fmt.Errorf("it does not take its configuration any more: %s", ds[i].GetSummary())
-			} else {
-				s.setReady(inst)
+			} else if !s.setReadyAlone(inst) {
+				err = errors.New("its configuration changed while it was started")
 			}
 		}
 	}
@@ -391,6 +391,18 @@ func (s *supervised) setReady(inst *instance) {
 	if observes {
 		s.running.Go(func() { s.events.deliver(s.ctx, inst, s.log) })
 	}
+}
+
+// setReadyAlone is setReady for a process that has got the configuration in force, unless another one was sent to it
+// meanwhile: which of the two came last can't be told.
+func (s *supervised) setReadyAlone(inst *instance) bool {
+	s.mu.Lock()
+	mixed := s.next != nil || s.took == inst
+	s.mu.Unlock()
+	if !mixed {
+		s.setReady(inst)
+	}
+	return !mixed
 }
 
 // up returns the process if it can be asked, else why not.
