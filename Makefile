@@ -14,7 +14,7 @@ help:
 	@echo 'make build        bin/muxproxy and bin/muxproxyd, static'
 	@echo 'make demo         build, then measure what sharing gives; DEMO_HOST=HOST for a host of yours'
 	@echo 'make bench        build, then measure beside ControlMaster; QUICK=1 for 3 minutes, CASES=PATTERN for some of it'
-	@echo 'make test         all tests, with the race detector, and copies of 256 MiB without it'
+	@echo 'make test         all tests, with the race detector; copies of 256 MiB and 2 GiB of rekeying without it'
 	@echo 'make lint         gofmt, go vet (linux, darwin, windows), staticcheck, govulncheck'
 	@echo 'make proto        generate the code of the .proto files (needs protoc)'
 	@echo 'make proto-check  fail if that would change anything'
@@ -37,7 +37,7 @@ test:
 	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
 		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
-		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper \
+		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper systemd-analyze:systemd systemd-socket-activate:systemd \
 		python3.grpc:python3-grpcio python3.google.protobuf:python3-protobuf \
 		protoc:protobuf-compiler grpc_python_plugin:protobuf-compiler-grpc
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)

@@ -64,7 +64,7 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 }
 
 func (j *judge) Retain(_ context.Context, i *plugin.Idle) time.Time {
-	return time.Now().Add(i.Block.(*judgeBlock).Keep)
+	return time.Now().Add(i.Connection.Block.(*judgeBlock).Keep)
 }
 
 func (j *judge) Observe(ctx context.Context, e plugin.Event) {
@@ -201,7 +201,7 @@ func TestAPluginJudges(t *testing.T) {
 			judged("[]", `    dney = ["exec"]`):                  `config.hcl:7:5: unknown attribute "dney" in judge; did you mean "deny"?`,
 			judged("[]", `    deny = ["nonsense"]`):              `config.hcl:7:13: judge: there is no kind "nonsense"`,
 			"plugin \"gone\" {\n  path = \"/no/such/file\"\n}\n": "config.hcl:1:1: gone: ",
-			"host \"*\" {\n  confrim {}\n}\n":                    "config.hcl:2:3: confrim: there is no muxproxy-plugin-confrim in ",
+			"host \"*\" {\n  confrim {}\n}\n":                    `config.hcl:2:3: confrim: did you mean "confirm"? there is no muxproxy-plugin-confrim in `,
 		} {
 			w.policy(text)
 			if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, line) {

@@ -40,6 +40,7 @@ type app struct {
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	now            func() time.Time
+	exe            string // path of this executable; "": os.Executable knows
 }
 
 // statusError is an error that ends the program with a status of its own. Every other one ends it with exitFailed.
@@ -96,9 +97,9 @@ func newRoot(a *app) *cobra.Command {
 		Long: `muxproxy shares SSH connections between ssh, scp, sftp, rsync, git and whatever
 else runs ssh.
 
-ssh itself starts it as ProxyCommand; see the README for the lines that
-~/.ssh/config needs. MUXPROXY_BYPASS=1 in the environment goes without it.`,
-		Example:       "  muxproxy status\n  muxproxy close db.example.com",
+ssh itself starts it as ProxyCommand, once "muxproxy setup" has led it here.
+MUXPROXY_BYPASS=1 in the environment goes without it.`,
+		Example:       "  muxproxy setup\n  muxproxy doctor db.example.com\n  muxproxy status",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.ArbitraryArgs,
@@ -123,8 +124,9 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.AddCommand(
-		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
+		newStatus(a), newConnect(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
+		newSetup(a), newDoctor(a),
 	)
 	return root
 }

@@ -6,13 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
-	"io"
+	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
-	"runtime"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -36,6 +35,7 @@ type world struct {
 	env   map[string]string
 	dirs  paths.Dirs
 	stdin string
+	exe   string
 }
 
 func newWorld(t *testing.T) *world {
@@ -86,7 +86,8 @@ func (w *world) serve(b *fakeMaster) (stop func()) {
 func (w *world) run(args ...string) (status int, stdout, stderr string) {
 	w.t.Helper()
 	var out, errOut bytes.Buffer
-	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon }}
+	a := &app{stdin: strings.NewReader(w.stdin), stdout: &out, stderr: &errOut, getenv: w.getenv, now: func() time.Time { return noon },
+		exe: w.exe}
 	status = run(w.t.Context(), a, args)
 	return status, out.String(), errOut.String()
 }
@@ -140,6 +141,7 @@ func (f *fakeMaster) Stop(_ context.Context, _ use.Caller, drain bool) error {
 	}
 	return err
 }
+func (f *fakeMaster) Restart(context.Context, use.Caller) (int, error) { return 77, f.call("restart") }
 func (f *fakeMaster) Reload(context.Context, use.Caller, bool) (control.Reloaded, error) {
 	return f.reloaded, f.call("reload")
 }
@@ -152,7 +154,7 @@ func (f *fakeMaster) Unlock(_ context.Context, _ use.Caller, passphrase []byte) 
 	}
 	return f.left, f.call("unlock " + string(passphrase))
 }
-func (f *fakeMaster) HostKeys() (plain, ca []string) {
+func (f *fakeMaster) HostKeys(bool) (plain, ca []string) {
 	return []string{plainKey}, []string{caKey}
 }
 func (f *fakeMaster) Dump() string { return "goroutine 1:\n\tmain.main()\x1b\n" }
@@ -196,6 +198,12 @@ func busy() control.Status {
 				Clients: 1, Channels: 1, In: 1 << 50, Out: 1023, Sessions: 100, MaxSessions: 100},
 			{ID: 13, Target: "bob@[2001:db8::1]:22", Lane: "interactive", State: "dialling", Since: noon.Add(time.Second)},
 			{ID: 14, Target: "git@h:22", Lane: "agent", State: "up", Since: noon, Suspect: true},
+			{ID: 15, Target: "git@h:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(3 * time.Minute),
+				KeptUntil: noon.Add(7 * time.Minute)},
+			{ID: 16, Target: "me@kept:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Minute),
+				KeptUntil: noon.Add(30 * time.Hour)},
+			{ID: 17, Target: "me@ever:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Second),
+				KeptUntil: time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)},
 		},
 		Clients: []control.Client{
 			{ID: 7, Target: "alice@db.example.com:22", Alias: "db", Upstream: 1, Mode: "fds", Since: ago(3 * time.Minute),
@@ -215,6 +223,11 @@ func busy() control.Status {
 func TestStatusTable(t *testing.T) {
 	for name, s := range map[string]control.Status{
 		"status-busy": busy(),
+		"status-wide": {Version: "1.2.3", PID: 4000, Since: noon, Sockets: "/run/" + strings.Repeat("日本", 30),
+			Upstreams: []control.Upstream{{ID: 1234567, Target: "u@" + strings.Repeat("ü", 40) + ":22", Lane: "interactive", State: "up",
+				Server: strings.Repeat("語", 60), Since: noon}},
+			Clients: []control.Client{{ID: 7654321, Target: "日本@" + strings.Repeat("h", 70) + ":22", Upstream: 1234567,
+				Caller: use.Caller{Processes: []use.Process{{PID: 1, Exe: "/bin/" + strings.Repeat("ど", 60)}}}}}},
 		"status-idle": {Version: "1.2.3", PID: 4000, Since: noon, Sockets: "/run/user/1000/muxproxy", Draining: true,
 			Policy: "/home/me/.config/muxproxy/config.hcl",
 			Lock:   use.LockState{Locked: true, By: []string{"person", "screen"}, Since: noon.Add(-3 * time.Minute)}},
@@ -228,7 +241,7 @@ func TestStatusTable(t *testing.T) {
 			}
 			for line := range strings.Lines(stdout) {
 				line = strings.TrimSuffix(line, "\n")
-				if n := utf8.RuneCountInString(line); n > 80 {
+				if n := use.Columns(line); n > 80 {
 					t.Errorf("%d columns: %q", n, line)
 				}
 				if use.Printable(line) != line {
@@ -238,6 +251,15 @@ func TestStatusTable(t *testing.T) {
 			golden(t, name, stdout)
 		})
 	}
+	t.Run("status-pending", func(t *testing.T) {
+		w := newWorld(t)
+		w.serveBackend(&pluginMaster{fakeMaster: &fakeMaster{status: control.Status{Version: "1.2.3", PID: 4000, Since: noon}}, pending: waiting()})
+		status, stdout, stderr := w.run("status")
+		if status != exitYes || stderr != "" {
+			t.Errorf("status %d, stderr %q", status, stderr)
+		}
+		golden(t, "status-pending", stdout)
+	})
 }
 
 func TestStatusJSON(t *testing.T) {
@@ -275,6 +297,94 @@ func TestStatusJSON(t *testing.T) {
 	}
 	if !reflect.DeepEqual(empty["upstreams"], []any{}) || !reflect.DeepEqual(empty["clients"], []any{}) || empty["pid"] != 0.0 {
 		t.Errorf("without a master: %s", stdout)
+	}
+}
+
+var sgr = regexp.MustCompile("\x1b\\[[0-9]+m")
+
+// Colour adds nothing but colour.
+func TestStatusColor(t *testing.T) {
+	show := func(color bool) string {
+		p := &page{width: minWidth, color: color}
+		p.status(look{status: busy(), at: noon, pending: waiting()})
+		return strings.Join(p.lines, "\n")
+	}
+	plain, colored := show(false), show(true)
+	if strings.Contains(plain, "\x1b") {
+		t.Error("colour where there should be none")
+	}
+	if sgr.ReplaceAllString(colored, "") != plain {
+		t.Errorf("with colour\n%s\nwithout\n%s", colored, plain)
+	}
+	for _, part := range []string{"\x1b[1mmuxproxy 1.2.3", "\x1b[32mup ", "\x1b[33mdraining", "\x1b[31msilent", "\x1b[33mcurve25519", "\x1b[33mwaiting"} {
+		if !strings.Contains(colored, part) {
+			t.Errorf("no %q in\n%s", part, colored)
+		}
+	}
+}
+
+func waiting() []control.Pending {
+	return []control.Pending{
+		{ID: "f3k2ab4c", Plugin: "confirm", Kind: "exec", Detail: "rm -rf /\x1b " + strings.Repeat("x", 80), Target: "u@db:22",
+			Caller: "git (7)", Message: "asks on the screen", Since: noon.Add(-3 * time.Second), Answerable: true},
+		{ID: "aaaa", Plugin: "mine", Kind: "shell", Target: "u@db:22", Since: noon.Add(-time.Minute)},
+	}
+}
+
+// Programs read these fields: docs/status.md lists all there are, and what is in it stays.
+func TestStatusFields(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "..", "docs", "status.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	var walk func(prefix string, v reflect.Type)
+	walk = func(prefix string, v reflect.Type) {
+		for i := range v.NumField() {
+			f := v.Field(i)
+			name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+			if name == "-" {
+				continue
+			}
+			kind, inner := "", f.Type
+			list := inner.Kind() == reflect.Slice
+			if list {
+				inner = inner.Elem()
+			}
+			switch {
+			case inner == reflect.TypeFor[time.Time]():
+				kind = "time"
+			case inner.Kind() == reflect.Struct:
+				kind = "object"
+			case inner.Kind() == reflect.String, inner.Kind() == reflect.Bool:
+				kind = inner.Kind().String()
+			default:
+				kind = "number"
+			}
+			if list {
+				kind = "list of " + kind + "s"
+			}
+			if options != "" {
+				kind += ", optional"
+			}
+			got = append(got, fmt.Sprintf("| `%s%s` | %s |", prefix, name, kind))
+			if next := prefix + name; inner.Kind() == reflect.Struct && kind != "time" && kind != "time, optional" {
+				if list {
+					next += "[]"
+				}
+				walk(next+".", inner)
+			}
+		}
+	}
+	walk("", reflect.TypeFor[control.Status]())
+	var want []string
+	for line := range strings.Lines(string(doc)) {
+		if cells := strings.SplitN(line, "|", 4); len(cells) == 4 && strings.HasPrefix(cells[1], " `") {
+			want = append(want, strings.Join(cells[:3], "|")+"|")
+		}
+	}
+	if g, w := strings.Join(got, "\n"), strings.Join(want, "\n"); g != w {
+		t.Errorf("the fields are\n%s\nand docs/status.md has\n%s", g, w)
 	}
 }
 
@@ -617,36 +727,5 @@ func TestLogFollow(t *testing.T) {
 	cancel()
 	if status := <-done; status != exitYes {
 		t.Errorf("status %d", status)
-	}
-}
-
-func TestAlive(t *testing.T) {
-	if !alive(os.Getpid()) {
-		t.Error("this process is not alive")
-	}
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(exe, "-test.run=^$")
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // the race detector would wait for a second
-	in, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(io.Discard, in); err != nil {
-		t.Fatal(err)
-	}
-	for runtime.GOOS == "linux" && alive(cmd.Process.Pid) { // ends though nobody has waited for the process yet
-		runtime.Gosched()
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Fatal(err)
-	}
-	if alive(cmd.Process.Pid) || alive(0) {
-		t.Error("a process that has ended is alive")
 	}
 }

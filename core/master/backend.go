@@ -104,18 +104,32 @@ func (b backend) Connect(ctx context.Context, by pluginhost.Actor, t use.Target)
 
 // Close implements pluginhost.Backend.
 func (b backend) Close(ctx context.Context, by pluginhost.Actor, id uint64) error {
+	return b.command(ctx, by, id, "close", func(c pluginhost.Connection) {
+		b.m.pool.CloseMatching(func(o pool.ConnInfo) bool { return o.ID == id },
+			fmt.Errorf("%s: closed by the plugin %s", c.Target.Addr(), by.Plugin))
+	})
+}
+
+// Drain implements pluginhost.Backend.
+func (b backend) Drain(ctx context.Context, by pluginhost.Actor, id uint64) error {
+	return b.command(ctx, by, id, "drain", func(pluginhost.Connection) {
+		b.m.pool.Drain(func(o pool.ConnInfo) bool { return o.ID == id })
+	})
+}
+
+// command passes the gate as a person's command about a connection does.
+func (b backend) command(ctx context.Context, by pluginhost.Actor, id uint64, verb string, do func(pluginhost.Connection)) error {
 	c, err := b.connection(id)
 	if err != nil {
 		return err
 	}
 	permit, denied := b.m.gate.Decide(ctx, use.Use{
-		Kind: use.Control, Caller: b.caller(by, 0), Target: c.Target, Name: "close", Addr: c.Target.String(),
+		Kind: use.Control, Caller: b.caller(by, 0), Target: c.Target, Name: verb, Addr: c.Target.String(),
 	}, nil)
 	if denied != nil {
 		return denied
 	}
-	b.m.pool.CloseMatching(func(o pool.ConnInfo) bool { return o.ID == id },
-		fmt.Errorf("%s: closed by the plugin %s", c.Target.Addr(), by.Plugin))
+	do(c)
 	permit.End(use.Result{Status: "ok"})
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -18,6 +19,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/pluginhost"
 	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/session"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -65,7 +67,7 @@ func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (p
 	for _, plugin := range s.Plugins() {
 		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
 		for _, b := range s.Blocks(plugin.Name) {
-			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Value: b.Value})
+			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Pos: b.Pos, Value: b.Value})
 		}
 	}
 	if first { // a configured plugin may act at once
@@ -83,6 +85,7 @@ func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (p
 	m.warn(p.diags)
 	m.policy.incomplete.Store(!p.set.Complete())
 	m.apply()
+	m.plugins.InForce()
 	m.pool.Reconsider()
 	return p.diags, nil
 }
@@ -317,8 +320,13 @@ func (m *Master) lockChanged() {
 	}
 }
 
-// sleep tells the plugins when the machine goes to sleep and wakes; it is a session.Locker.
+// sleep tells the plugins when the machine goes to sleep and wakes.
 type sleep struct{ m *pluginhost.Manager }
+
+var _ interface {
+	session.Locker
+	session.Waker
+} = sleep{}
 
 func (s sleep) LockSession(by string) error {
 	if by == use.LockedBySleep {
@@ -327,12 +335,9 @@ func (s sleep) LockSession(by string) error {
 	return nil
 }
 
-func (s sleep) UnlockSession(by ...string) error {
-	if slices.Contains(by, use.LockedBySleep) {
-		s.m.Observe(pluginhost.Event{Time: time.Now(), Kind: "wake"})
-	}
-	return nil
-}
+func (s sleep) UnlockSession(...string) error { return nil }
+
+func (s sleep) Awake() { s.m.Observe(pluginhost.Event{Time: time.Now(), Kind: "wake"}) }
 
 var _ control.PluginBackend = (*Master)(nil)
 
@@ -384,12 +389,19 @@ func (m *Master) Decide(ctx context.Context, by use.Caller, id string, allow boo
 	return finish(p, m.plugins.Decide(id, allow, reason))
 }
 
+// verbPattern is what the first argument of a plugin's command looks like if it says what to do.
+var verbPattern = regexp.MustCompile(`^[a-z][a-z-]{0,31}$`)
+
 // RunPlugin implements control.PluginBackend.
 func (m *Master) RunPlugin(ctx context.Context, by use.Caller, plugin string, args []string, stdout, stderr io.Writer) (int, error) {
 	if _, ok := m.plugins.Verbs()[plugin]; !ok {
 		return 0, control.ErrNoCommand
 	}
-	p, err := m.permit(ctx, by, plugin, strings.Join(args, " "), use.Target{})
+	verb, rest := plugin, args
+	if len(args) > 0 && verbPattern.MatchString(args[0]) {
+		verb, rest = plugin+" "+args[0], args[1:]
+	}
+	p, err := m.permit(ctx, by, verb, strings.Join(rest, " "), use.Target{})
 	if err != nil {
 		return 0, err
 	}

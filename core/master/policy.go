@@ -333,7 +333,7 @@ func (m *Master) follow(ctx context.Context) {
 		if after := mp.ExitWhenIdle; after >= 0 && !m.draining.Load() {
 			if idle.look(m) >= after {
 				m.log.Info().Dur("after", after).Msg("idle for as long as policy allows")
-				m.drain()
+				m.drain(false)
 			}
 			look = time.After(max(10*time.Millisecond, min(after/10, idleLook)))
 		}
@@ -389,7 +389,7 @@ type idleness struct {
 
 func (i *idleness) look(m *Master) time.Duration {
 	last := m.lastClient.Load()
-	if m.serving.Load() > 0 || last != i.last || len(m.pool.List()) > 0 {
+	if m.clientsNow() > 0 || last != i.last || len(m.pool.List()) > 0 {
 		i.since, i.last = time.Now(), last
 	}
 	return time.Since(i.since)

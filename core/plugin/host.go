@@ -29,10 +29,17 @@ type RefusedError struct {
 
 func (e *RefusedError) Error() string { return "refused by the server: " + e.Message }
 
+// LoginError is a login that was refused: by the server, because its host key is not good, or because a person would have
+// had to answer. Another try would end the same until a person has done something.
+type LoginError struct{ Message string }
+
+func (e *LoginError) Error() string { return e.Message }
+
 // Host is the master, as far as policy lets this plugin. It may be used by many goroutines.
 type Host struct {
 	client pluginpb.HostClient
-	stream string // path of the stream socket
+	stream string              // path of the stream socket
+	block  func(id string) any // set by Register
 }
 
 // NewHost returns the master that a Hello names, and what ends the connection to it. It connects when it is first used.
@@ -42,7 +49,8 @@ func NewHost(h Hello) (*Host, func() error, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return &Host{pluginpb.NewHostClient(conn), h.Stream}, conn.Close, nil
+	noBlock := func(string) any { return nil }
+	return &Host{pluginpb.NewHostClient(conn), h.Stream, noBlock}, conn.Close, nil
 }
 
 // token goes with every call. The socket is local, in a directory of this user alone: nothing need be encrypted.
@@ -74,14 +82,25 @@ func hostError(err error) error {
 // Connections lists the connections to hosts with a block of this plugin. It needs CanList.
 func (h *Host) Connections(ctx context.Context) ([]Connection, error) {
 	r, err := h.client.Connections(ctx, &pluginpb.ConnectionsRequest{})
-	return connectionsFromPB(r.GetConnections()), hostError(err)
+	return connectionsFromPB(r.GetConnections(), h.block), hostError(err)
 }
 
 // Connect returns the connection to a target (HOST, USER@HOST or USER@HOST:PORT, as ssh would be told), which it makes if
-// there is none. Nobody can be asked for a password. It needs CanConnect.
+// there is none. Nobody can be asked for a password: the error is a *LoginError if that, or anything else about the login,
+// is in the way. It needs CanConnect.
 func (h *Host) Connect(ctx context.Context, target string) (Connection, error) {
 	r, err := h.client.Connect(ctx, &pluginpb.ConnectRequest{Target: target})
-	return connectionFromPB(r.GetConnection()), hostError(err)
+	if err == nil && r.GetRefused() != "" {
+		return Connection{}, &LoginError{r.GetRefused()}
+	}
+	return connectionFromPB(r.GetConnection(), h.block), hostError(err)
+}
+
+// Resolve says what a target of Connect means, and which block of this plugin holds for connections to it (as in Block;
+// nil: none), without connecting. It needs CanConnect.
+func (h *Host) Resolve(ctx context.Context, target string) (t Target, block any, err error) {
+	r, err := h.client.Resolve(ctx, &pluginpb.ResolveRequest{Target: target})
+	return targetFromPB(r.GetTarget()), h.block(r.GetBlock()), hostError(err)
 }
 
 // Close ends a connection and all that it carries. It needs CanClose.
@@ -90,10 +109,34 @@ func (h *Host) Close(ctx context.Context, connection uint64) error {
 	return hostError(err)
 }
 
+// Drain lets a connection take no new clients: it ends with its last, at once if there is none. It needs CanClose.
+func (h *Host) Drain(ctx context.Context, connection uint64) error {
+	_, err := h.client.Drain(ctx, &pluginpb.DrainRequest{Connection: connection})
+	return hostError(err)
+}
+
 // Decide answers one of this plugin's own pending uses, by its Request's ID. It needs CanDecide.
 func (h *Host) Decide(ctx context.Context, id string, d Decision) error {
 	_, err := h.client.Decide(ctx, &pluginpb.DecideRequest{Id: id, Decision: d.toPB()})
 	return hostError(err)
+}
+
+// ErrNobody is the error of Ask where nobody can be asked.
+var ErrNobody = errors.New("the client can't ask its person")
+
+// Ask puts a question, one line, to the person at the client of one of this plugin's own pending uses, by its Request's
+// ID, and waits for a yes or a no. The client's own ssh does the asking, on its terminal; it can before it has been let
+// in, that is, for uses of the kind "attach". Else, and where ssh has no terminal or is in BatchMode, the error is
+// ErrNobody. It needs no capability.
+func (h *Host) Ask(ctx context.Context, id, question string) (yes bool, err error) {
+	r, err := h.client.Ask(ctx, &pluginpb.AskRequest{Id: id, Question: question})
+	switch {
+	case err != nil:
+		return false, hostError(err)
+	case r.GetAnswer() == pluginpb.AskResponse_ANSWER_UNSPECIFIED:
+		return false, ErrNobody
+	}
+	return r.GetAnswer() == pluginpb.AskResponse_ANSWER_YES, nil
 }
 
 // Notify shows a line to the clients of a connection. It needs CanNotify.

@@ -67,9 +67,12 @@ type Backend interface {
 	Connections() []Connection
 	// Resolve says what a target (HOST, USER@HOST or USER@HOST:PORT) means, as for ssh.
 	Resolve(ctx context.Context, target string) (use.Target, error)
-	// Connect returns the connection to t, which is made if there is none. Nobody can be asked anything.
+	// Connect returns the connection to t, which is made if there is none. Nobody can be asked anything; a refused login is a
+	// pool.ErrRefused.
 	Connect(ctx context.Context, by Actor, t use.Target) (Connection, error)
 	Close(ctx context.Context, by Actor, connection uint64) error
+	// Drain lets a connection take no new clients; it ends with its last, at once if there is none.
+	Drain(ctx context.Context, by Actor, connection uint64) error
 	Dial(ctx context.Context, by Actor, d Dial) (Stream, error)
 	// Listen starts a forward; ctx is for that only.
 	Listen(ctx context.Context, by Actor, connection uint64, network, address string) (Listener, error)
@@ -87,6 +90,7 @@ var errNowhere = errors.New("there is no master here")
 func (nowhere) Connections() []Connection                           { return nil }
 func (nowhere) Resolve(context.Context, string) (use.Target, error) { return use.Target{}, errNowhere }
 func (nowhere) Close(context.Context, Actor, uint64) error          { return errNowhere }
+func (nowhere) Drain(context.Context, Actor, uint64) error          { return errNowhere }
 func (nowhere) Dial(context.Context, Actor, Dial) (Stream, error)   { return nil, errNowhere }
 func (nowhere) Notify(context.Context, Actor, uint64, string) error { return errNowhere }
 func (nowhere) Record(Actor, string, string, string)                {}

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/pool"
@@ -33,7 +34,9 @@ type Pending struct {
 // pending is one, with what answers it. Its fields are guarded by Manager.mu.
 type pending struct {
 	Pending
-	answer func(d *use.Denied) // nil allows; only the first answer counts
+	answer func(d *use.Denied) bool // nil allows; false: it has been answered before
+	told   func(allowed bool)       // tells the plugin that a person has answered
+	person use.Person               // at the client; nil: nobody can be asked
 }
 
 // ErrNotPending is the error of Decide for an ID that is not, or no longer, waiting.
@@ -68,7 +71,9 @@ func (m *Manager) Decide(id string, allow bool, reason string) error {
 	if !allow {
 		d = &use.Denied{By: p.Plugin, Reason: cmp.Or(use.Printable(reason), "denied by `muxproxy deny`")}
 	}
-	p.answer(d)
+	if p.answer(d) {
+		p.told(allow)
+	}
 	return nil
 }
 
@@ -82,6 +87,21 @@ func (m *Manager) decideOwn(plugin, id string, d *use.Denied) error {
 	}
 	p.answer(d)
 	return nil
+}
+
+// askOwn puts a plugin's question to the person at the client of its own pending use. The error is use.ErrNobody if that
+// can't be.
+func (m *Manager) askOwn(ctx context.Context, plugin, id, question string) (yes bool, err error) {
+	m.mu.Lock()
+	p := m.pending[id]
+	m.mu.Unlock()
+	switch {
+	case p == nil || p.Plugin != plugin:
+		return false, ErrNotPending
+	case p.person == nil:
+		return false, use.ErrNobody
+	}
+	return p.person(ctx, plugin+": "+use.Printable(clip(question, 2000)))
 }
 
 // Check is a use.Check: it asks the policy in force, and then the plugins that have a block for u. First those that ask
@@ -187,12 +207,20 @@ func (s *supervised) authorize(ctx context.Context, u use.Use, block string, say
 	var once sync.Once
 	q := &pending{
 		Pending: Pending{ID: strings.ToLower(rand.Text()[:8]), Plugin: s.spec.Name, Use: u, Since: time.Now()},
-		answer: func(d *use.Denied) {
+		answer: func(d *use.Denied) (first bool) {
 			once.Do(func() {
-				answer = d
+				answer, first = d, true
 				cancel(errAnswered)
 			})
+			return first
 		},
+		person: use.PersonAt(ctx),
+	}
+	observes := s.description().hook("observe") && s.has(plugin.CanObserve)
+	q.told = func(allowed bool) {
+		if observes {
+			s.events.add(&pluginpb.Event{Time: timeToPB(time.Now()), Kind: "answered", Id: q.ID, Allowed: allowed})
+		}
 	}
 	s.m.mu.Lock()
 	s.m.pending[q.ID] = q
@@ -296,11 +324,13 @@ func (m *Manager) Retain(ctx context.Context, c pool.ConnInfo) time.Time {
 		if block == "" {
 			continue
 		}
+		now := time.Now()
 		request := &pluginpb.RetainRequest{
 			Connection: connectionToPB(Connection{
-				ID: c.ID, Target: c.Target, Lane: c.Lane, Up: c.State == pool.Up, Clients: c.Clients, Since: c.Since,
-			}),
-			Block: block, IdleSince: timeToPB(c.IdleSince),
+				ID: c.ID, Target: c.Target, Lane: c.Lane, Up: c.State == pool.Up, Clients: c.Clients,
+				Since: onWallClock(c.Since, now),
+			}, block),
+			IdleSince: timeToPB(onWallClock(c.IdleSince, now)),
 		}
 		asking.Go(func() { // at once: one that does not run takes all the time there is
 			r, err := p.retain(ctx, request)

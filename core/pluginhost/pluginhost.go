@@ -43,6 +43,7 @@ type Block struct {
 	ID     string // never used again for another one while the master lives; "": the `plugin` block
 	Plugin string
 	Hosts  []string  // the labels of the host block that it is in
+	Pos    string    // file:line
 	Value  cty.Value // an object
 }
 
@@ -247,7 +248,8 @@ func (s *Set) Discard() {
 // Apply configures the plugins, each with its blocks, and puts the Set and lookup in force, both at once; inForce, which
 // may be nil and must not block, is called in that moment. A plugin whose `plugin` block is not among blocks gets the
 // defaults. If a problem is no warning, all stays as it was, the plugins that ran get back what they had, and the Set is
-// discarded; unless first says that there is nothing to go back to: then plugins that are broken count as failed.
+// discarded; unless first says that there is nothing to go back to: then plugins that are broken count as failed. InForce is
+// called next.
 func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []Plugin, first bool, inForce func()) []Problem {
 	results := make([][]Problem, len(s.plugins))
 	var configuring sync.WaitGroup
@@ -289,6 +291,24 @@ func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []
 		stopAll(s.plugins, &Set{})
 	}
 	return problems
+}
+
+// Retire ends the plugins that judge no uses, for good: what they do by themselves another master does now. Streams go on.
+func (m *Manager) Retire() {
+	var retiring sync.WaitGroup
+	for _, p := range m.set().plugins {
+		if d := p.description(); d != nil && !d.hook("authorize") {
+			retiring.Go(p.end)
+		}
+	}
+	retiring.Wait()
+}
+
+// InForce tells the plugins that what Apply has brought counts wherever they may act.
+func (m *Manager) InForce() {
+	for _, p := range m.set().plugins {
+		p.tellPolicy()
+	}
 }
 
 // stopAll ends plugins that are not also in keep.

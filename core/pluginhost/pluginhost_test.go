@@ -154,6 +154,7 @@ func (w *world) run(specs []Plugin, blocks ...Block) {
 	if problems := set.Apply(w.t.Context(), blocks, lookupOf(blocks), specs, false, nil); len(problems) > 0 {
 		w.t.Fatal(problems)
 	}
+	w.m.InForce()
 }
 
 func target(host string) use.Target { return use.Target{User: "u", Host: host, Port: 22} }
@@ -311,7 +312,7 @@ func conn(id uint64, host string) pool.ConnInfo {
 func TestWaiting(t *testing.T) {
 	w := newWorld(t, Timing{First: 20 * time.Second, Heartbeat: 20 * time.Second})
 	s := spec(t, "ask", "")
-	s.May = []string{"decide"}
+	s.May = []string{"decide", "observe"}
 	mute := spec(t, "ask2", "")
 	w.run([]Plugin{s, mute}, block("ask", "h", "wait"), block("ask", "closed", "wait-closed"), block("ask", "own", "decide-own"),
 		block("ask2", "own2", "decide-own"))
@@ -340,6 +341,7 @@ func TestWaiting(t *testing.T) {
 		if err := w.m.Decide(p.ID, true, ""); !errors.Is(err, ErrNotPending) {
 			t.Errorf("a second answer: %v", err)
 		}
+		w.waitLog(fmt.Sprintf(`observed {\"allowed\":%v,\"dropped\":0,\"event\":\"answered%s\"`, allow, p.ID))
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	p, done := begin(ctx, "closed")
@@ -419,6 +421,39 @@ func (w *world) waitLog(text string) {
 	}
 }
 
+// A plugin asks the person at the client of its own use, where there is one.
+func TestAskClient(t *testing.T) {
+	w := newWorld(t, Timing{})
+	b := block("ask", "h", "ask-client")
+	b.Pos = "config.hcl:7"
+	w.run([]Plugin{spec(t, "ask", "")}, b)
+	var asked string
+	ask := func(answer bool, err error) context.Context {
+		return use.WithPerson(t.Context(), func(_ context.Context, question string) (bool, error) {
+			asked = question
+			return answer, err
+		})
+	}
+	for _, c := range []struct {
+		ctx  context.Context
+		want string
+	}{
+		{t.Context(), "false the client can't ask its person"},
+		{ask(true, nil), "true <nil>"},
+		{ask(false, nil), "false <nil>"},
+		{ask(false, use.ErrNobody), "false the client can't ask its person"},
+		{ask(false, errors.New("broken")), "false broken"},
+	} {
+		d := w.m.Check(c.ctx, use.Use{Kind: use.Attach, Target: target("h")}, nil)
+		if d == nil || d.Error() != "denied by ask: "+c.want+"; config.hcl:7" {
+			t.Errorf("%v, want %s", d, c.want)
+		}
+	}
+	if asked != `ask: shall I?\x1b` {
+		t.Errorf("asked %q", asked)
+	}
+}
+
 func TestObserve(t *testing.T) {
 	w := newWorld(t, Timing{})
 	a, b := spec(t, "a", ""), spec(t, "b", "")
@@ -428,13 +463,15 @@ func TestObserve(t *testing.T) {
 		return Event{Time: time.Now(), Kind: kind, Use: use.Use{Kind: use.Exec, Target: target(host)}}
 	}
 	w.m.Observe(event("first", "h"))
+	w.m.Observe(Event{Time: time.Now(), Kind: "up", Connection: Connection{ID: 1, Target: target("h")}})
 	w.m.Observe(event("hidden", "foreign"))
 	w.m.Observe(Event{Time: time.Now(), Kind: "locked"}) // of no host: for all
 	w.m.Observe(event("last", "h"))
-	w.waitLog(`observed {\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
+	w.waitLog(`observed {\"allowed\":true,\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
 	if log := w.log.String(); strings.Contains(log, "hidden") || strings.Contains(log, `"plugin":"b","message":"observed`) ||
-		!strings.Contains(log, `\"event\":\"locked\"`) || strings.Count(log, "observed") != 3 {
-		t.Error("events went to whom they should not")
+		!strings.Contains(log, `\"event\":\"locked\"`) || !strings.Contains(log, `\"event\":\"up\",\"host\":\"h allow\"`) ||
+		strings.Count(log, "observed") != 5 || !(strings.Index(log, "policy") < strings.Index(log, "first")) {
+		t.Error("events went to whom they should not, or in another order")
 	}
 	// A plugin that reads no more costs memory within bounds, and nobody waits.
 	w.m.Observe(event("stall", "h"))
@@ -488,13 +525,26 @@ func (b *fakeBackend) Resolve(_ context.Context, t string) (use.Target, error) {
 	return target(t), nil
 }
 
+// refusal is a driver's error of a login that was refused.
+type refusal struct{ error }
+
+func (refusal) Is(target error) bool { return target == pool.ErrRefused }
+
 func (b *fakeBackend) Connect(_ context.Context, by Actor, t use.Target) (Connection, error) {
+	if t.Host == "refused" {
+		return Connection{}, refusal{fmt.Errorf("%s: permission denied", t)}
+	}
 	b.call(by, "connect %s", t)
 	return Connection{ID: 1, Target: t}, nil
 }
 
 func (b *fakeBackend) Close(_ context.Context, by Actor, id uint64) error {
 	b.call(by, "close %d", id)
+	return nil
+}
+
+func (b *fakeBackend) Drain(_ context.Context, by Actor, id uint64) error {
+	b.call(by, "drain %d", id)
 	return nil
 }
 

@@ -257,7 +257,9 @@ func (s *supervised) again() error {
 		if ds, err = s.send(s.ctx, inst, blocks); err == nil {
 			if i := slices.IndexFunc(ds, isError); i >= 0 {
 				err = fmt.Errorf("it does not take its configuration any more: %s", ds[i].GetSummary())
-			} else if !s.setReadyAlone(inst) {
+			} else if s.setReadyAlone(inst) {
+				s.tellPolicy()
+			} else {
 				err = errors.New("its configuration changed while it was started")
 			}
 		}
@@ -336,7 +338,7 @@ func (s *supervised) commit(specs []Plugin) {
 	s.mu.Lock()
 	for _, p := range specs {
 		if p.Name == s.spec.Name {
-			s.spec = p
+			s.spec.May, s.spec.AllowOnFailure, s.spec.Pos = p.May, p.AllowOnFailure, p.Pos // the rest is read without mu
 		}
 	}
 	s.blocks, s.next = s.next, nil

@@ -283,7 +283,8 @@ func TestHostService(t *testing.T) {
 	}
 	can, cannot, builtIn := spec(t, "can", ""), spec(t, "cannot", ""), spec(t, "built-in", "")
 	can.May, builtIn.BuiltIn = all, true
-	w.run([]Plugin{can, cannot, builtIn}, block("can", "h", "allow"), block("cannot", "h", "allow"), block("built-in", "h", "allow"))
+	w.run([]Plugin{can, cannot, builtIn}, block("can", "h", "allow"), block("cannot", "h", "allow"), block("built-in", "h", "allow"),
+		block("can", "refused", "allow"), block("built-in", "refused", "allow"))
 	for _, c := range []struct {
 		args   []string
 		status int
@@ -291,10 +292,15 @@ func TestHostService(t *testing.T) {
 		call   string // that the master saw
 		need   string // capability
 	}{
-		{[]string{"list"}, 0, "1 u@h:22\n", "", "list"},
-		{[]string{"connect", "h"}, 0, "1\n", "connect u@h:22", "connect"},
+		{[]string{"list"}, 0, "1 u@h:22 allow\n", "", "list"},
+		{[]string{"connect", "h"}, 0, "1 allow\n", "connect u@h:22", "connect"},
 		{[]string{"connect", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
 		{[]string{"connect", "unknown"}, 255, "no such host\n", "", "connect"},
+		{[]string{"connect", "refused"}, 3, "u@refused:22: permission denied\n", "", "connect"},
+		{[]string{"resolve", "h"}, 0, "u@h:22 allow\n", "", "connect"},
+		{[]string{"resolve", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
+		{[]string{"resolve", "unknown"}, 255, "no such host\n", "", "connect"},
+		{[]string{"drain", "1"}, 0, "", "drain 1", "close"},
 		{[]string{"close", "1"}, 0, "", "close 1", "close"},
 		{[]string{"close", "2"}, 1, "denied: u@foreign:22 has no block of can\n", "", "close"},
 		{[]string{"close", "3"}, 255, "there is no connection 3\n", "", "close"},
@@ -489,7 +495,7 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 	}
-	if _, out := w.command("a", "list"); out != "1 u@h:22\n" {
+	if _, out := w.command("a", "list"); out != "1 u@h:22 allow\n" {
 		t.Errorf("the plugin itself: %q", out)
 	}
 }

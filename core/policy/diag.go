@@ -15,8 +15,8 @@ import (
 	"github.com/agext/levenshtein"
 	"github.com/hashicorp/hcl/v2"
 	"github.com/mattn/go-isatty"
-	"golang.org/x/text/width"
 
+	"github.com/muxproxy/muxproxy/core/use"
 	"github.com/muxproxy/muxproxy/core/wire"
 )
 
@@ -130,9 +130,9 @@ func (ds Diagnostics) Write(w io.Writer, color bool) error {
 		if d.Line > 0 {
 			number := fmt.Sprintf("%5d", d.Line)
 			before, marked, after := d.excerpt()
-			carets := "^" + strings.Repeat("~", max(0, columns(marked)-1))
+			carets := "^" + strings.Repeat("~", max(0, use.Columns(marked)-1))
 			fmt.Fprintf(&b, "%s | %s\n", number, before+marked+after)
-			fmt.Fprintf(&b, "%5s | %s%s\n", "", strings.Repeat(" ", columns(before)), paint(hue, carets))
+			fmt.Fprintf(&b, "%5s | %s%s\n", "", strings.Repeat(" ", use.Columns(before)), paint(hue, carets))
 		}
 		if d.Allowed != "" {
 			fmt.Fprintf(&b, "%5s = allowed: %s\n", "", wire.Printable(d.Allowed))
@@ -187,21 +187,6 @@ func cutBack(s string, n int) string {
 		n--
 	}
 	return s[:n]
-}
-
-// columns is how many columns of a terminal s takes.
-func columns(s string) int {
-	n := 0
-	for _, r := range s {
-		switch {
-		case unicode.In(r, unicode.Mn, unicode.Me):
-		case width.LookupRune(r).Kind() == width.EastAsianWide, width.LookupRune(r).Kind() == width.EastAsianFullwidth:
-			n += 2
-		default:
-			n++
-		}
-	}
-	return n
 }
 
 // report collects the problems of one file.

@@ -404,7 +404,7 @@ func TestWithSchemas(t *testing.T) {
     when = host.port == 22
     idle = "10m"
   }
-  mine {
+  auditlog {
     anything = 1
   }
 }
@@ -420,7 +420,7 @@ func TestWithSchemas(t *testing.T) {
 	if b := s.Blocks("persist"); b[0].Value == cty.NilVal || b[0].Value.GetAttr("idle").AsString() != "10m" {
 		t.Errorf("%#v", b)
 	}
-	if b := s.Blocks("mine"); len(b) != 1 || b[0].Value != cty.NilVal {
+	if b := s.Blocks("auditlog"); len(b) != 1 || b[0].Value != cty.NilVal {
 		t.Errorf("%#v", b)
 	}
 	at := func(host string, port uint16) use.Target { return use.Target{User: "me", Host: host, Port: port} }
@@ -432,15 +432,15 @@ func TestWithSchemas(t *testing.T) {
 		{"persist", at("db.example.com", 22), true},
 		{"persist", at("db.example.com", 23), true}, // whatever its when says
 		{"persist", at("db.example.org", 22), false},
-		{"mine", at("db.example.com", 22), true},
+		{"auditlog", at("db.example.com", 22), true},
 		{"confirm", at("db.example.com", 22), false},
 	} {
 		if got := s.Covers(c.plugin, c.t); got != c.want {
 			t.Errorf("%s covers %s: %v", c.plugin, c.t, got)
 		}
 	}
-	if s, diags := draft.WithSchemas(map[string]Schema{"mine": {}}); s != nil || !strings.Contains(diags.Errors().Error(), "anything") {
-		t.Errorf("%v", diags)
+	if s, diags := draft.WithSchemas(map[string]Schema{"auditlog": {}}); s != nil || !strings.Contains(diags.Errors().Error(), "anything") {
+		t.Errorf("%v, %v", s, diags.Errors())
 	}
 }
 

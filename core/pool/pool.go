@@ -114,6 +114,7 @@ type flight struct {
 	lane   Lane
 	since  time.Time
 	cancel context.CancelFunc
+	growth *growth       // whose dial it is, for sessions that wait there; nil: it is for the waiters
 	done   chan struct{} // closed when the waiters have their leases, or err is set
 	err    error
 
@@ -525,6 +526,7 @@ type ConnInfo struct {
 	Server    ServerInfo
 	Clients   int
 	IdleSince time.Time // when the last client left; zero: there are some
+	KeptUntil time.Time // by what the Retainer said last; zero: there are clients, or it has not said anything yet
 	Channels  int64
 	In, Out   int64 // bytes of channel data: towards the remote host, from it
 	Sessions  int   // open session channels, the spare among them
@@ -541,7 +543,7 @@ func (p *Pool) List() []ConnInfo {
 	for _, u := range p.ups {
 		list = append(list, u.infoLocked())
 	}
-	for _, f := range p.flights {
+	for f := range p.dialsLocked {
 		list = append(list, f.infoLocked())
 	}
 	slices.SortFunc(list, func(a, b ConnInfo) int { return int(a.ID) - int(b.ID) })
@@ -549,8 +551,26 @@ func (p *Pool) List() []ConnInfo {
 }
 
 func (f *flight) infoLocked() ConnInfo {
-	return ConnInfo{
-		ID: f.id, Target: f.target, Lane: f.lane.String(), State: Dialling, Since: f.since, Clients: len(f.waiters),
+	clients := len(f.waiters)
+	if f.growth != nil {
+		clients = len(f.growth.waiting)
+	}
+	return ConnInfo{ID: f.id, Target: f.target, Lane: f.lane.String(), State: Dialling, Since: f.since, Clients: clients}
+}
+
+// dialsLocked yields all dials, those too that give a lane another upstream. yield may drop the one that it is given.
+func (p *Pool) dialsLocked(yield func(*flight) bool) {
+	for _, f := range p.flights {
+		if !yield(f) {
+			return
+		}
+	}
+	for _, g := range p.growths {
+		for f := range g.dials {
+			if !yield(f) {
+				return
+			}
+		}
 	}
 }
 
@@ -576,7 +596,7 @@ func (p *Pool) Drain(match func(ConnInfo) bool) int {
 			}
 		}
 	}
-	for _, f := range p.flights {
+	for f := range p.dialsLocked {
 		if match(f.infoLocked()) {
 			n++
 			f.drain = true
@@ -603,7 +623,7 @@ func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
 		}
 	}
 	var flights []*flight
-	for _, f := range p.flights {
+	for f := range p.dialsLocked {
 		if match(f.infoLocked()) {
 			f.reason = reason
 			flights = append(flights, f)

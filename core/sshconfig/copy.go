@@ -177,7 +177,7 @@ func (c *copier) filter(lines []string, src source, depth int) (changed bool, er
 }
 
 // dropProxy empties each ProxyCommand of a block that leads to muxproxy, and with it ProxyUseFdpass, which says how to
-// talk to that one and not to the user's own.
+// talk to that one and not to the user's own, and what keeps ControlMaster off: Own writes all of these.
 func dropProxy(block []string) (dropped bool) {
 	for i, line := range block {
 		if word, rest, ok := keyword(line); ok && word == "proxycommand" && ours(rest) {
@@ -186,7 +186,8 @@ func dropProxy(block []string) (dropped bool) {
 		}
 	}
 	for i, line := range block {
-		if word, _, ok := keyword(line); dropped && ok && word == "proxyusefdpass" {
+		word, rest, ok := keyword(line)
+		if dropped && ok && (word == "proxyusefdpass" || word == "controlpath" && strings.EqualFold(rest, "none")) {
 			block[i] = "\n"
 		}
 	}
@@ -205,7 +206,7 @@ func withoutOurs(rest string) (line string, found bool) {
 	if len(list) == n {
 		return "", false
 	}
-	if len(list) == 0 || slices.Equal(list, []string{"/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"}) {
+	if len(list) == 0 || slices.Equal(list, systemKnownHosts) {
 		return "", true
 	}
 	line = "GlobalKnownHostsFile"

@@ -83,7 +83,7 @@ func quoteWord(s string) string {
 // folder, after `exec`, `command`, `env` and assignments; or such a word stands somewhere (after sudo, in sh -c, behind
 // a test) and what muxproxy takes as its target comes after it.
 func ours(command string) bool {
-	if startsOurs(command) {
+	if _, ok := startsOurs(command); ok {
 		return true
 	}
 	named := false
@@ -101,17 +101,18 @@ func isOurName(word string) bool {
 	return base == "muxproxy" || strings.EqualFold(base, "muxproxy.exe")
 }
 
-func startsOurs(command string) bool {
+// startsOurs returns the word too.
+func startsOurs(command string) (program string, ok bool) {
 	skipping := false // options and assignments of env
 	for rest := command; ; {
 		var word string
 		if word, rest = shellWord(rest); word == "" && rest == "" {
-			return false
+			return "", false
 		}
 		base := word[strings.LastIndexAny(word, `/\`)+1:]
 		switch {
 		case isOurName(word):
-			return true
+			return word, true
 		case word == "exec" || word == "command":
 		case base == "env":
 			skipping = true
@@ -120,7 +121,7 @@ func startsOurs(command string) bool {
 			_, rest = shellWord(rest)
 		case strings.HasPrefix(word, "-"):
 		default:
-			return false
+			return "", false
 		}
 	}
 }

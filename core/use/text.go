@@ -2,6 +2,9 @@ package use
 
 import (
 	"strings"
+	"unicode"
+
+	"golang.org/x/text/width"
 
 	"github.com/muxproxy/muxproxy/core/wire"
 )
@@ -9,6 +12,21 @@ import (
 // Printable returns s with everything escaped that a terminal, a log viewer or a reader's eye could be fooled with; see
 // wire.Printable.
 func Printable(s string) string { return wire.Printable(s) }
+
+// Columns is how many columns of a terminal printable text takes.
+func Columns(s string) int {
+	n := 0
+	for _, r := range s {
+		switch kind := width.LookupRune(r).Kind(); {
+		case unicode.In(r, unicode.Mn, unicode.Me):
+		case kind == width.EastAsianWide, kind == width.EastAsianFullwidth:
+			n += 2
+		default:
+			n++
+		}
+	}
+	return n
+}
 
 // Program returns the first word of a command that every POSIX-like login shell reads as plain words, quotes removed, or
 // "" if anything else is in it. Understood are words of ordinary characters, 'single quotes' and \c. Everything with

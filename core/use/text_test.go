@@ -44,6 +44,14 @@ func TestPrintable(t *testing.T) {
 	}
 }
 
+func TestColumns(t *testing.T) {
+	for text, want := range map[string]int{"": 0, "abc": 3, "grüße": 5, "日本": 4, "ｆｕ": 4, "e\u0301": 1, "ｶ": 1} {
+		if got := use.Columns(text); got != want {
+			t.Errorf("Columns(%q) = %d, want %d", text, got, want)
+		}
+	}
+}
+
 func FuzzPrintable(f *testing.F) {
 	for _, s := range []string{"", "a", "\x1b[0m", "\u202e\xff", `\x41`, "\u0301"} {
 		f.Add(s)

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
@@ -124,13 +125,20 @@ func (s *Session) Authorize(t TB, block string, u *pluginpb.Use) *pluginpb.Decis
 // Master is one with a single connection, number 1, to u@test.example.com. Streams that are dialled through it echo;
 // listening accepts one stream, which says "hello" and ends.
 type Master struct {
+	// Block is the id of the plugin's block that holds for the connection. Set before the plugin is asked anything.
+	Block string
+	// OnConnect answers Connect; nil: the connection that there is. Set before the plugin is asked anything.
+	OnConnect func(target string) (*pluginpb.ConnectResponse, error)
+
 	pluginpb.UnimplementedHostServer
 	stream   string
 	listener *net.UnixListener
 	running  sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows
+	person  func(question string) (yes bool)
 	records []string
+	drained []uint64
 	notices []string
 	kept    []byte
 	tickets map[string]string // to what their stream does: "echo" or "hello"
@@ -140,7 +148,7 @@ type Master struct {
 
 // NewMaster makes a Master with a stream socket in dir. Stop ends it.
 func NewMaster(dir string) (*Master, error) {
-	m := &Master{stream: filepath.Join(dir, "stream"), tickets: map[string]string{}, open: map[net.Conn]bool{}}
+	m := &Master{Block: "0", stream: filepath.Join(dir, "stream"), tickets: map[string]string{}, open: map[net.Conn]bool{}}
 	var err error
 	if m.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: m.stream, Net: "unix"}); err != nil {
 		return nil, err
@@ -232,14 +240,44 @@ func connection(id uint64) error {
 	return nil
 }
 
+// Connection returns the one that there is.
+func (m *Master) Connection() *pluginpb.Connection {
+	c := proto.CloneOf(testConnection)
+	c.Block = m.Block
+	return c
+}
+
 // Connections implements pluginpb.HostServer.
 func (m *Master) Connections(context.Context, *pluginpb.ConnectionsRequest) (*pluginpb.ConnectionsResponse, error) {
-	return &pluginpb.ConnectionsResponse{Connections: []*pluginpb.Connection{testConnection}}, nil
+	return &pluginpb.ConnectionsResponse{Connections: []*pluginpb.Connection{m.Connection()}}, nil
 }
 
 // Connect implements pluginpb.HostServer.
-func (m *Master) Connect(context.Context, *pluginpb.ConnectRequest) (*pluginpb.ConnectResponse, error) {
-	return &pluginpb.ConnectResponse{Connection: testConnection}, nil
+func (m *Master) Connect(_ context.Context, r *pluginpb.ConnectRequest) (*pluginpb.ConnectResponse, error) {
+	if m.OnConnect != nil {
+		return m.OnConnect(r.GetTarget())
+	}
+	return &pluginpb.ConnectResponse{Connection: m.Connection()}, nil
+}
+
+// Resolve implements pluginpb.HostServer: whatever it is, the connection is to it.
+func (m *Master) Resolve(context.Context, *pluginpb.ResolveRequest) (*pluginpb.ResolveResponse, error) {
+	return &pluginpb.ResolveResponse{Target: testConnection.GetTarget(), Block: m.Block}, nil
+}
+
+// Drain implements pluginpb.HostServer: the connection stays.
+func (m *Master) Drain(_ context.Context, r *pluginpb.DrainRequest) (*pluginpb.DrainResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.drained = append(m.drained, r.GetConnection())
+	return &pluginpb.DrainResponse{}, connection(r.GetConnection())
+}
+
+// Drained returns the connections that the plugin wanted to take no new clients.
+func (m *Master) Drained() []uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.drained)
 }
 
 // Close implements pluginpb.HostServer: the connection stays.
@@ -294,6 +332,27 @@ func (m *Master) Kept(context.Context, *pluginpb.KeptRequest) (*pluginpb.KeptRes
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return &pluginpb.KeptResponse{Data: m.kept}, nil
+}
+
+// SetPerson says what Ask is answered, which is plugin.ErrNobody without.
+func (m *Master) SetPerson(p func(question string) (yes bool)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.person = p
+}
+
+// Ask implements pluginpb.HostServer.
+func (m *Master) Ask(_ context.Context, r *pluginpb.AskRequest) (*pluginpb.AskResponse, error) {
+	m.mu.Lock()
+	p := m.person
+	m.mu.Unlock()
+	switch {
+	case p == nil:
+		return &pluginpb.AskResponse{}, nil
+	case p(r.GetQuestion()):
+		return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_YES}, nil
+	}
+	return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_NO}, nil
 }
 
 // Record implements pluginpb.HostServer.

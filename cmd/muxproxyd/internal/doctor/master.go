@@ -1,0 +1,171 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+)
+
+// policy looks at the file as a master that starts would.
+func (d *doctor) policy(context.Context) {
+	const mend = "muxproxy config check"
+	switch errs, warnings := d.Diagnostics.Errors(), d.Diagnostics.Warnings(); {
+	case len(errs) > 0:
+		d.fail(mend, "%v", errs)
+	case len(warnings) > 0:
+		d.warn(mend, "%v", warnings)
+	default:
+		if _, err := os.Stat(d.PolicyFile); errors.Is(err, fs.ErrNotExist) {
+			d.ok("there is no %s, so the defaults hold", d.PolicyFile)
+			return
+		}
+		d.ok("%s has no problems", d.PolicyFile)
+	}
+}
+
+// masterState looks whether the master lives and is of this version.
+func (d *doctor) masterState(context.Context) {
+	switch {
+	case d.noMaster():
+		d.ok("none runs; the next ssh starts one")
+	case d.masterErr != nil:
+		d.fail("muxproxy log", "it can't be asked: %v", d.masterErr)
+	case d.status.Version != d.Version:
+		d.warn("muxproxy master restart", "pid %d is of version %s, and %s is installed", d.status.PID, d.status.Version, d.Version)
+	case d.status.Lock.Locked:
+		d.warn("muxproxy unlock", "pid %d is locked (%s): nobody can use connections", d.status.PID, strings.Join(d.status.Lock.By, ", "))
+	default:
+		d.ok("pid %d runs, of version %s", d.status.PID, d.status.Version)
+	}
+}
+
+// masterPolicy finds out whether the master goes by the file that this shell knows.
+func (d *doctor) masterPolicy(context.Context) {
+	mine := d.PolicyFile
+	if _, err := os.Stat(mine); errors.Is(err, fs.ErrNotExist) {
+		mine = ""
+	}
+	say := func(path string) string {
+		if path == "" {
+			return "the defaults"
+		}
+		return path
+	}
+	switch {
+	case d.masterErr != nil:
+		d.ok("no master to compare with")
+	case d.status.Policy != mine && !sameFile(d.status.Policy, mine):
+		d.warn("muxproxy master stop", "the master goes by %s, this shell by %s ($MUXPROXY_CONFIG and $XDG_CONFIG_HOME count where "+
+			"the master is started)", say(d.status.Policy), say(mine))
+	default:
+		d.ok("the master goes by %s, as this shell does", say(mine))
+	}
+}
+
+// plugins looks at those that the policy mentions.
+func (d *doctor) plugins(ctx context.Context) {
+	var wanted []string
+	if d.Policy != nil {
+		for _, p := range d.Policy.Plugins() {
+			wanted = append(wanted, p.Name)
+		}
+	}
+	if d.masterErr != nil {
+		if len(wanted) == 0 {
+			d.ok("policy mentions none")
+		} else {
+			d.ok("policy mentions %s; a master starts them", strings.Join(wanted, ", "))
+		}
+		return
+	}
+	list, err := d.master.Plugins(ctx)
+	if err != nil {
+		d.fail("muxproxy log", "the master does not tell: %v", err)
+		return
+	}
+	var up []string
+	for _, p := range list {
+		wanted = slices.DeleteFunc(wanted, func(name string) bool { return name == p.Name })
+		switch p.State {
+		case "up":
+			up = append(up, p.Name)
+		case "restarting":
+			d.warn("muxproxy plugin check "+shellQuote(p.Path), "%s is being restarted: %s", p.Name, p.Error)
+		default:
+			d.fail("muxproxy plugin check "+shellQuote(p.Path), "%s is %s: %s", p.Name, p.State, p.Error)
+		}
+	}
+	if len(wanted) > 0 {
+		d.warn("muxproxy master reload", "policy mentions %s, which the master has not started", strings.Join(wanted, ", "))
+	}
+	if !d.found && len(up) == 0 {
+		d.ok("policy mentions none")
+	} else if !d.found {
+		d.ok("%s: up", strings.Join(up, ", "))
+	}
+}
+
+// askpasses are where programs are that show a question on the screen.
+var askpasses = []string{
+	"/usr/bin/ssh-askpass", "/usr/bin/ksshaskpass", "/usr/bin/lxqt-openssh-askpass", "/usr/lib/ssh/ssh-askpass",
+	"/usr/lib/ssh/x11-ssh-askpass", "/usr/lib/openssh/gnome-ssh-askpass", "/usr/libexec/openssh/ssh-askpass",
+	"/usr/libexec/openssh/gnome-ssh-askpass", "/usr/libexec/ssh-askpass", "/opt/homebrew/bin/ssh-askpass", "/usr/local/bin/ssh-askpass",
+}
+
+// askpass looks whether there is a way to ask a person who has no terminal.
+func (d *doctor) askpass(ctx context.Context) {
+	confirms, program := false, ""
+	if d.Policy != nil {
+		program = d.Policy.Master().Askpass
+		confirms = slices.ContainsFunc(d.wantedPlugins(), func(name string) bool { return name == "confirm" })
+	}
+	for name, path := range map[string]string{"policy names": program, "SSH_ASKPASS is": d.Getenv("SSH_ASKPASS")} {
+		if path == "" {
+			continue
+		}
+		if _, err := exec.LookPath(path); err != nil {
+			d.fail("install an askpass program", "%s the askpass %s, which can't be run: %v", name, path, cause(err))
+		}
+	}
+	if !confirms && program == "" {
+		if !d.found {
+			d.ok("policy asks nobody")
+		}
+		return
+	}
+	if program == "" && !slices.ContainsFunc(askpasses, func(path string) bool { _, err := exec.LookPath(path); return err == nil }) {
+		d.warn("install an askpass program (ssh-askpass), or name one in policy", "policy has confirm, and no askpass is where they use to be")
+	}
+	login, err := askLogind(ctx, d.Getenv)
+	if d.Getenv("DISPLAY") == "" && d.Getenv("WAYLAND_DISPLAY") == "" && (err != nil || !login.graphical) {
+		d.warn("", "policy may ask on the screen, and there is no graphical session: what must be asked is denied")
+	}
+	if !d.found {
+		d.ok("there is an askpass, and a graphical session")
+	}
+}
+
+func (d *doctor) wantedPlugins() (names []string) {
+	for _, p := range d.Policy.Plugins() {
+		names = append(names, p.Name)
+	}
+	return names
+}
+
+// linger finds out whether the master outlives the user's last session (logind.conf(5), KillUserProcesses).
+func (d *doctor) linger(ctx context.Context) {
+	switch l, err := askLogind(ctx, d.Getenv); {
+	case err != nil:
+		d.ok("no logind answers, so nothing ends the master when you log out")
+	case !l.kills:
+		d.ok("logind lets the master run when you log out")
+	case l.lingers:
+		d.ok("logind ends processes when you log out, but not yours: linger is on")
+	default:
+		d.warn("loginctl enable-linger", "logind ends the master, and all connections, when you log out (KillUserProcesses=yes)")
+	}
+}
