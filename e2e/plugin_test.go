@@ -107,6 +107,33 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		s.CloseWrite()
 		_, err = io.Copy(stdout, s)
 		return err
+	case "handover":
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		near, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			return err
+		}
+		defer near.Close()
+		far, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		wait, err := j.host.HandOver(ctx, plugin.Handover{
+			Connection: c.ID, Network: network, Address: what, Data: []byte("ping "), PID: os.Getpid(), Origin: near.LocalAddr().String(),
+		}, far.(*net.TCPConn))
+		far.Close()
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(near, "pong")
+		near.(*net.TCPConn).CloseWrite()
+		_, err = io.Copy(stdout, near)
+		wait()
+		return err
 	case "listen":
 		l, err := j.host.Listen(ctx, c.ID, network, what)
 		if err != nil {
@@ -356,6 +383,34 @@ func (w *world) echo(network, address string) string {
 	return l.Addr().String()
 }
 
+// half is the address of a server that sends half of an answer and no more.
+func (w *world) half() string {
+	w.t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	done := make(chan struct{})
+	w.t.Cleanup(func() {
+		close(done)
+		l.Close()
+	})
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				fmt.Fprint(c, "half")
+				<-done
+				c.Close()
+			}()
+		}
+	}()
+	return l.Addr().String()
+}
+
 // What plugins do through the master, with the capability and without.
 func TestAPluginActs(t *testing.T) {
 	if !muxproxyOnly(t) {
@@ -460,6 +515,18 @@ func TestWhatAPluginDoesIsJudged(t *testing.T) {
 			}
 		}
 		w.reload(config(""))
+
+		// What is cut off does not look complete.
+		want(t, w.mux("judge", "handover", "hop1", echo), 0, "ping pong")
+		half := w.half()
+		cut := w.start(spec{args: []string{binDir + "/muxproxy", "judge", "handover", "hop1", half}})
+		if _, ok := cut.out.expect("half", patience); !ok {
+			t.Fatalf("nothing comes: %s", cut.err)
+		}
+		h.links[0].cut()
+		if r := cut.wait(patience); r.status != 1 || !strings.Contains(r.err, "connection reset by peer") {
+			t.Errorf("cut off: %+v", r)
+		}
 
 		// The lock stops new connections of a standing forward.
 		p := w.start(spec{args: []string{binDir + "/muxproxy", "judge", "listen", "hop1", "127.0.0.1:0"}})

@@ -465,6 +465,7 @@ func TestObserve(t *testing.T) {
 	w.m.Observe(event("first", "h"))
 	w.m.Observe(Event{Time: time.Now(), Kind: "up", Connection: Connection{ID: 1, Target: target("h")}})
 	w.m.Observe(event("hidden", "foreign"))
+	w.m.Observe(Event{Time: time.Now(), Kind: "hidden-up", Connection: Connection{ID: 2, Target: target("foreign"), Up: true}})
 	w.m.Observe(Event{Time: time.Now(), Kind: "locked"}) // of no host: for all
 	w.m.Observe(event("last", "h"))
 	w.waitLog(`observed {\"allowed\":true,\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
