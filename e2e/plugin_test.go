@@ -11,11 +11,14 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 )
@@ -29,9 +32,17 @@ type judgeBlock struct {
 	Keep time.Duration `hcl:"keep,optional"`
 }
 
-func (*judge) Describe() plugin.Info {
+// name is the judge's, or that of one that misbehaves, as its executable is called.
+func (*judge) name() string {
+	if name := os.Getenv("E2E_PLUGIN"); name != "" {
+		return name
+	}
+	return "judge"
+}
+
+func (j *judge) Describe() plugin.Info {
 	return plugin.Info{
-		Name: "judge", Version: "1", AsksPerson: true, Host: judgeBlock{}, Wants: plugin.Capabilities(),
+		Name: j.name(), Version: "1", AsksPerson: true, Host: judgeBlock{}, Wants: plugin.Capabilities(),
 		Verbs: []plugin.Verb{{Usage: "dial HOST ADDRESS", Doc: "say ping there"}, {Usage: "listen HOST ADDRESS", Doc: "answer one"}},
 	}
 }
@@ -53,6 +64,9 @@ func (j *judge) Configure(_ context.Context, c *plugin.Config) (problems plugin.
 
 func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decision {
 	b := r.Block.(*judgeBlock)
+	if j.name() == "silent" {
+		<-ctx.Done()
+	}
 	switch {
 	case slices.Contains(b.Deny, r.Use.Kind):
 		return plugin.Deny("no "+r.Use.Kind+" for "+r.Use.Target.String(), "ask the judge")
@@ -68,6 +82,9 @@ func (j *judge) Retain(_ context.Context, i *plugin.Idle) time.Time {
 }
 
 func (j *judge) Observe(ctx context.Context, e plugin.Event) {
+	if j.name() == "stalled" {
+		select {}
+	}
 	target := ""
 	if e.Connection.ID != 0 {
 		target = e.Connection.Target.String()
@@ -769,5 +786,105 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, "the plugin is there, and judges", func() bool { return w.ssh("box", "true").status == 0 })
+	})
+}
+
+// Plugins that misbehave, each in its way, harm nobody but the uses that they judge, and nothing is left of them.
+func TestMisbehavedPlugins(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := w.path("home/.local/share/muxproxy/plugins")
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		play := func(name, before string) {
+			script := fmt.Sprintf("#!/bin/sh\n%s\nE2E_PLUGIN=%s exec %s\n", before, name, exe)
+			if err := os.WriteFile(dir+"/muxproxy-plugin-"+name, []byte(script), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		play("silent", "")
+		play("stalled", "")
+		play("junk", `printf '{"@message": 1}\n{"level":"panic","message":"bye"}\n\000\377\n' >&2; head -c 100000 /dev/zero >&2`)
+		play("forks", "sleep 3600 & sleep 3600 &")
+		play("crashes", "")
+		play("mute", "exec sleep 3600")
+		play("garbage", "echo hello; exec sleep 3600")
+		play("wrong", "echo '1|99|unix|/nowhere|grpc'; exec sleep 3600")
+		play("stubborn", "trap '' TERM INT HUP; sh -c 'trap \"\" TERM INT HUP; sleep 3600' &")
+		w.policy(`plugin "stalled" {
+  may = ["observe"]
+}
+host "127.0.0.1" {
+  silent { when = use.kind == "shell" }
+  stalled {}
+  junk {}
+  forks {}
+  stubborn {}
+  crashes {
+    deny = ["crash"]
+    when = use.kind == "subsystem"
+  }
+  mute { when = use.kind == "local-forward" }
+  garbage { when = use.kind == "local-forward" }
+  wrong { when = use.kind == "local-forward" }
+}
+`)
+		held := w.hold()
+		master := w.mustStatus().PID
+		group := map[int]bool{}
+		for _, p := range w.plugins() {
+			if p.PID > 0 {
+				group[p.PID] = true
+			}
+		}
+		fds := len(w.fds(master))
+		for range 3 {
+			want(t, w.ssh("box", "echo others"), 0, "others\n")
+		}
+		for use, by := range map[string]string{"": "silent", "-W127.0.0.1:1": "garbage", "-s": "crashes"} {
+			args := []string{"box"}
+			switch use {
+			case "-s":
+				args = []string{"-s", "box", "sftp"}
+			case "":
+			default:
+				args = []string{use, "box"}
+			}
+			if r := w.ssh(args...); r.status != 255 || !strings.Contains(r.err, "denied by ") || !strings.Contains(r.err, "the plugin failed") {
+				t.Errorf("%s: %+v", by, r)
+			}
+		}
+		held.echo("lives on")
+		held.release()
+		for _, line := range []string{"config.hcl:16:3: wrong: ", "speaks version 99 of the plugin protocol"} {
+			if !strings.Contains(w.masterLog(), line) {
+				t.Errorf("the log has no %q", line)
+			}
+		}
+		eventually(t, "between two tries to start some of them the master has no more descriptors than before", func() bool {
+			return len(w.fds(master)) <= fds
+		})
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		eventually(t, "the master has ended", func() bool { return gone(master) })
+		eventually(t, "no process of a plugin is left", func() bool {
+			for pid := range processes() {
+				if id, err := unix.Getsid(pid); err == nil && group[id] {
+					return false
+				}
+			}
+			return true
+		})
+		if left, _ := filepath.Glob(w.path("run/muxproxy/plugins*")); len(left) > 0 {
+			t.Errorf("left: %q", left)
+		}
 	})
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
@@ -154,10 +155,7 @@ func checkFile(p Plugin) (fs.FileInfo, error) {
 		}
 		return nil, fmt.Errorf("%s: %w", p.Path, err)
 	}
-	if !fi.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a file", p.Path)
-	}
-	if err := onlyMine(p.Path, fi); err != nil {
+	if err := paths.CheckFile(p.Path); err != nil {
 		return nil, err
 	}
 	if p.SHA256 == "" {
