@@ -267,11 +267,13 @@ func TestForwardsComeBack(t *testing.T) {
 		check("after the plugin was killed")
 
 		// A new master takes over: its plugin opens what the old one's has closed.
+		pid = w.mustStatus().PID
 		if r := w.mux("master", "restart"); r.status != 0 {
 			t.Fatalf("%+v", r)
 		}
 		w.allOpen(3)
 		check("after the master was restarted")
+		eventually(t, "the old master ends", func() bool { return gone(pid) })
 
 		want(t, w.mux("lock"), 0, "locked until `muxproxy unlock`\n")
 		if c, err := net.Dial("tcp", near); err == nil {
