@@ -24,6 +24,7 @@ build:
 	CGO_ENABLED=0 go build $(vcs) -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/muxproxy ./cmd/muxproxyd
 
 demo: build
+	@tools/need.sh ssh:openssh-client curl:curl
 	bin/muxproxy demo $(DEMO_HOST)
 
 # BENCH_FLAGS: see bin/bench --help.
@@ -34,7 +35,7 @@ bench: build
 
 # The race detector needs a C compiler. DEMO_HOST and the like never reach the tests: they use loopback only.
 test:
-	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
+	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux curl:curl \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
 		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
 		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper systemd-analyze:systemd systemd-socket-activate:systemd \

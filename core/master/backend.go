@@ -79,7 +79,9 @@ func (nobody) Ask(context.Context, pool.Question) ([]string, error) { return nil
 func (b backend) Connect(ctx context.Context, by pluginhost.Actor, t use.Target) (pluginhost.Connection, error) {
 	caller := b.caller(by, 0)
 	if !b.m.policy.lookup().For(t, caller).Share() {
-		return pluginhost.Connection{}, fmt.Errorf("policy does not share connections to %s", t.Addr())
+		return pluginhost.Connection{}, &use.Denied{
+			By: "policy", Reason: use.Printable(fmt.Sprintf("connections to %s are not shared (share = false)", t.Addr())),
+		}
 	}
 	r, err := b.m.ownResolution(ctx, t)
 	if err != nil {

@@ -112,7 +112,10 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	file, err := checkFile(s.spec)
+	s.mu.Lock()
+	spec := s.spec
+	s.mu.Unlock()
+	file, err := checkFile(spec)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -120,7 +123,7 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 	lines := &lineLog{log: s.log}
 	at := s.m.streams.place()
 	p, err := pluginrun.Start(ctx, pluginrun.Options{
-		Name: s.spec.Name, Path: s.spec.Path, Args: strings.Fields(s.spec.Args), Env: s.m.o.Env, Dir: at.dir,
+		Name: spec.Name, Path: spec.Path, Args: strings.Fields(spec.Args), Env: s.m.o.Env, Dir: at.dir,
 		Stream: at.listener.Path(), StartTimeout: s.m.o.Timing.Start, Stderr: lines.line,
 		Host: func(pid int) pluginpb.HostServer {
 			inst.host.pid = pid

@@ -37,10 +37,16 @@ func schemas() map[string]Schema {
 				Doc: "how long a yes holds for the same asker"},
 			{Name: "timeout", Type: cty.String, Default: str("30s"), Format: Duration, Doc: "then it is a no"},
 			{Name: "on", Type: cty.List(cty.String), Words: kinds, Doc: "kinds of use that are asked about",
-				Default: cty.ListVal([]cty.Value{str("attach"), str("shell"), str("exec"), str("subsystem")})},
+				Default: cty.ListVal([]cty.Value{
+					str("shell"), str("exec"), str("subsystem"), str("local-forward"), str("remote-forward"), str("agent"), str("x11"),
+					str("jump"), str("other"),
+				})},
 			{Name: "fallback", Type: cty.String, Default: str("deny"), Words: []string{"deny", "terminal", "pending"},
 				Doc: "where there is no display"},
 			{Name: "display", Type: cty.String, Default: str("session"), Words: []string{"session", "caller"}, Doc: "whose display"},
+			{Name: "askpass", Type: cty.String, Format: Path, Words: []string{""}, Doc: "the program that asks"},
+		}}, Plugin: Block{Attributes: []Attribute{
+			{Name: "askpass", Type: cty.String, Format: Path, Words: []string{""}, Doc: "the program that asks"},
 		}}},
 		"persist": {HostOnly: true, Host: Block{Attributes: []Attribute{
 			{Name: "idle", Type: cty.String, Default: str("10m"), Format: Duration, Words: []string{"forever"}, Doc: "kept without clients"},
