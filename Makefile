@@ -43,7 +43,7 @@ test:
 		protoc:protobuf-compiler grpc_python_plugin:protobuf-compiler-grpc
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)
 	go test -race -timeout 10m -count=1 ./e2e
-	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e
+	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk|ManyThroughAForward' ./e2e
 
 lint: cross-vet
 	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples plugins); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
