@@ -45,7 +45,7 @@ test:
 	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e
 
 lint: cross-vet
-	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples plugins); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
 	go vet ./...
 	$(tool) staticcheck ./...
 	@tools/vulncheck.sh

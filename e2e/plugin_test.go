@@ -201,7 +201,7 @@ func TestAPluginJudges(t *testing.T) {
 			judged("[]", `    dney = ["exec"]`):                  `config.hcl:7:5: unknown attribute "dney" in judge; did you mean "deny"?`,
 			judged("[]", `    deny = ["nonsense"]`):              `config.hcl:7:13: judge: there is no kind "nonsense"`,
 			"plugin \"gone\" {\n  path = \"/no/such/file\"\n}\n": "config.hcl:1:1: gone: ",
-			"host \"*\" {\n  confrim {}\n}\n":                    "config.hcl:2:3: confrim: there is no muxproxy-plugin-confrim in ",
+			"host \"*\" {\n  confrim {}\n}\n":                    `config.hcl:2:3: confrim: did you mean "confirm"? there is no muxproxy-plugin-confrim in `,
 		} {
 			w.policy(text)
 			if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, line) {

@@ -11,15 +11,15 @@ import (
 	"sync"
 	"time"
 
+	"github.com/muxproxy/muxproxy/core/buffer"
 	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
 const (
-	ticketSize = 16
 	maxTickets = 1024            // of one plugin that nobody has come with yet
 	helloTime  = 5 * time.Second // for a peer that connects and sends no ticket
-	copyBuffer = 64 << 10
 	// presentEvery is how often the directory of sockets is looked after: logind takes /run/user/UID away with the user's
 	// last session, and the master lives on.
 	presentEvery = time.Second
@@ -35,7 +35,7 @@ type streams struct {
 	at      *place
 	closed  bool
 	ending  chan struct{} // closed with it
-	tickets map[[ticketSize]byte]*ticket
+	tickets map[[pluginrun.TicketSize]byte]*ticket
 	open    map[io.Closer]bool // what close has to end
 }
 
@@ -52,7 +52,7 @@ func listenStreams(m *Manager) (*streams, error) {
 		return nil, err
 	}
 	s := &streams{
-		m: m, at: at, ending: make(chan struct{}), tickets: map[[ticketSize]byte]*ticket{}, open: map[io.Closer]bool{},
+		m: m, at: at, ending: make(chan struct{}), tickets: map[[pluginrun.TicketSize]byte]*ticket{}, open: map[io.Closer]bool{},
 	}
 	s.accepting.Go(s.run)
 	return s, nil
@@ -146,7 +146,7 @@ func (s *streams) untrack(c io.Closer) {
 
 // ticket makes a ticket for a stream, which is closed if nobody comes for it.
 func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error) {
-	var id [ticketSize]byte
+	var id [pluginrun.TicketSize]byte
 	rand.Read(id[:]) // never fails
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -173,7 +173,7 @@ func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error
 }
 
 // remove reports whether t was still to be had; then the stream is the caller's.
-func (s *streams) remove(id [ticketSize]byte, t *ticket) bool {
+func (s *streams) remove(id [pluginrun.TicketSize]byte, t *ticket) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.tickets[id] != t {
@@ -184,7 +184,7 @@ func (s *streams) remove(id [ticketSize]byte, t *ticket) bool {
 }
 
 // redeem returns what a ticket is for. One that another plugin comes with stays good for its owner.
-func (s *streams) redeem(id [ticketSize]byte, session int) *ticket {
+func (s *streams) redeem(id [pluginrun.TicketSize]byte, session int) *ticket {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t := s.tickets[id]
@@ -220,7 +220,7 @@ func (s *streams) serve(c *net.UnixConn) {
 		return
 	}
 	c.SetDeadline(time.Now().Add(helloTime))
-	id, socket, err := readTicket(c)
+	id, socket, err := pluginrun.ReadTicket(c)
 	if socket != nil {
 		defer socket.Close()
 	}
@@ -252,20 +252,24 @@ func (s *streams) serve(c *net.UnixConn) {
 		return
 	}
 	c.SetDeadline(time.Time{})
-	if len(t.data) > 0 {
-		if _, err := t.stream.Write(t.data); err != nil {
-			return
-		}
-	}
 	local := duplex(c)
+	var n pluginrun.Counts
 	if socket != nil {
 		if !s.track(socket) {
 			return
 		}
 		defer s.untrack(socket)
 		local = socket
+		defer n.Tell(c)()
 	}
-	join(local, t.stream)
+	if len(t.data) > 0 {
+		m, err := t.stream.Write(t.data)
+		n.In(m)
+		if err != nil {
+			return
+		}
+	}
+	join(local, t.stream, &n)
 }
 
 // duplex is a stream that can be closed for writing.
@@ -275,19 +279,45 @@ type duplex interface {
 }
 
 // join copies both ways until both have ended, or one has failed.
-func join(a, b duplex) {
+func join(local duplex, remote Stream, n *pluginrun.Counts) {
 	var copying sync.WaitGroup
-	one := func(to, from duplex) {
-		if _, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, copyBuffer)); err != nil {
-			a.Close()
-			b.Close()
+	one := func(to, from duplex, count func(int)) {
+		if err := pump(to, from, count); err != nil {
+			if s, ok := local.(*pluginrun.Socket); ok {
+				s.Cut()
+			}
+			local.Close()
+			remote.Close()
 			return
 		}
 		_ = to.CloseWrite() // fails if it is closed already
 	}
-	copying.Go(func() { one(a, b) })
-	copying.Go(func() { one(b, a) })
+	copying.Go(func() { one(remote, local, n.In) })
+	copying.Go(func() { one(local, remote, n.Out) })
 	copying.Wait()
+}
+
+// pump copies one way until from ends.
+func pump(to io.Writer, from io.Reader, count func(int)) error {
+	var b buffer.Buffer
+	defer b.Release()
+	for {
+		buf := b.Next()
+		m, err := from.Read(buf)
+		if m > 0 {
+			if _, err := to.Write(buf[:m]); err != nil {
+				return err
+			}
+			count(m)
+			b.Took(m)
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // close ends the socket, and all streams, for which it does not wait: one that a server does not take anything from ends
