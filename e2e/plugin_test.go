@@ -139,7 +139,7 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		if err != nil {
 			return err
 		}
-		wait, err := j.host.HandOver(ctx, plugin.Handover{
+		transfer, err := j.host.HandOver(ctx, plugin.Handover{
 			Connection: c.ID, Network: network, Address: what, Data: []byte("ping "), PID: os.Getpid(), Origin: near.LocalAddr().String(),
 		}, far.(*net.TCPConn))
 		far.Close()
@@ -149,7 +149,7 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		fmt.Fprint(near, "pong")
 		near.(*net.TCPConn).CloseWrite()
 		_, err = io.Copy(stdout, near)
-		wait()
+		transfer.Wait()
 		return err
 	case "listen":
 		l, err := j.host.Listen(ctx, c.ID, network, what)
