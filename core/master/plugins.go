@@ -26,8 +26,8 @@ import (
 const (
 	// prepareTime bounds the start of the plugins that a policy mentions.
 	prepareTime = 20 * time.Second
-	// firstTime does before the master is ready: a bridge waits 10 s for that.
-	firstTime = 5 * time.Second
+	// firstTime does before the master is ready, and then their configuration: a bridge waits 10 s for all of it.
+	firstTime = 4 * time.Second
 	// Plugins that could not be started then are tried again after retryTime, and each time after twice as long.
 	retryTime = 500 * time.Millisecond
 	retryMost = time.Minute
@@ -61,10 +61,12 @@ func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (p
 	s := p.snapshot
 	m.policy.generation++
 	l := lookup{s, m.policy.generation}
+	configuring, cancel := context.WithTimeout(ctx, within) // of its own: one that did not start has taken all of the other
+	defer cancel()
 	if first { // a configured plugin may act at once
 		m.policy.now.Store(s)
 	}
-	problems := p.set.Apply(starting, l.blocks(), l, p.specs, first, func() { m.policy.now.Store(s) })
+	problems := p.set.Apply(configuring, l.blocks(), l, p.specs, first, func() { m.policy.now.Store(s) })
 	p.diags = append(p.diags, placed(s, problems, l.number)...)
 	p.diags.Sort()
 	if slices.ContainsFunc(problems, func(p pluginhost.Problem) bool { return !p.Warning && !(first && p.Broken) }) {
