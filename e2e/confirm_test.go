@@ -291,6 +291,9 @@ func TestAnswersThatCount(t *testing.T) {
 			if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, bad.want) {
 				t.Errorf("%+v, want %s", r, bad.want)
 			}
+			if r := w.mux("config", "check"); r.status != 1 || !strings.Contains(r.out+r.err, bad.want) {
+				t.Errorf("%+v, want %s", r, bad.want)
+			}
 		}
 	}, asked)
 }

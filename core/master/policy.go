@@ -59,7 +59,7 @@ func poke(c chan struct{}) {
 	}
 }
 
-// lookup is the policy in force, for the gate.
+// lookup is the policy in force.
 func (p *policies) lookup() use.Lookup { return p.now.Load() }
 
 // read reads the file. The snapshot is nil if there are errors.

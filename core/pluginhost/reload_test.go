@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -331,4 +332,43 @@ func TestRetainBesideOneThatIsAway(t *testing.T) {
 	if until := w.m.Retain(t.Context(), conn(1, "h")); until.Unix() != 2_000_000_000 {
 		t.Errorf("kept until %v", until)
 	}
+}
+
+// cutOff is a stream whose connection is lost once it has answered.
+type cutOff struct{ Stream }
+
+func (s *cutOff) Read(b []byte) (int, error) { return copy(b, "half"), io.ErrUnexpectedEOF }
+
+// What was cut off does not look complete, where a socket can say so.
+func TestACutStreamIsReset(t *testing.T) {
+	w := newWorld(t, Timing{})
+	s := spec(t, "a", "")
+	s.May = []string{"dial"}
+	w.run([]Plugin{s}, block("a", "h", "allow"))
+	if status, out := w.command("a", "handover", "1", "echo:1"); status != 0 || out != "open: first second (in 12, out 12)" {
+		t.Errorf("whole: %d, %q", status, out)
+	}
+	if status, out := w.command("a", "handover", "1", "cut:1"); status != 255 || !strings.Contains(out, "connection reset by peer") {
+		t.Errorf("cut off: %d, %q", status, out)
+	}
+}
+
+// A process that was sent another configuration while it got the one in force is not asked: it may have either.
+func TestConfiguredTwice(t *testing.T) {
+	w := newWorld(t, Timing{})
+	w.run([]Plugin{spec(t, "a", "")}, block("a", "h", "allow"))
+	p := w.m.set().find("a")
+	was, _ := p.up()
+	p.mu.Lock()
+	p.next = p.blocks
+	p.mu.Unlock()
+	was.Kill()
+	w.waitLog("its configuration changed while it was started")
+	if p.isUp() {
+		t.Error("it is asked all the same")
+	}
+	p.mu.Lock()
+	p.next = nil
+	p.mu.Unlock()
+	w.upAgain("a", was)
 }

@@ -821,7 +821,15 @@ func TestConfigure(t *testing.T) {
 		w.program = trusted
 		b := defaults(t)
 		change(&b)
-		ds := w.Configure(t.Context(), &plugin.Config{Plugin: plugin.Block{Value: &own{}}, Hosts: []plugin.Block{{Value: &b, Pos: "p:1"}}})
+		cfg := &plugin.Config{Plugin: plugin.Block{Value: &own{}}, Hosts: []plugin.Block{{Value: &b, Pos: "p:1"}}}
+		checked := w.Check(t.Context(), cfg)
+		if len(w.rules) > 0 {
+			t.Error("checked, and taken")
+		}
+		ds := w.Configure(t.Context(), cfg)
+		if fmt.Sprint(checked) != fmt.Sprint(ds) {
+			t.Errorf("checked: %v, configured: %v", checked, ds)
+		}
 		var got []string
 		for _, d := range ds {
 			warning := ""
