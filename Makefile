@@ -24,6 +24,7 @@ build:
 	CGO_ENABLED=0 go build $(vcs) -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/muxproxy ./cmd/muxproxyd
 
 demo: build
+	@tools/need.sh ssh:openssh-client curl:curl
 	bin/muxproxy demo $(DEMO_HOST)
 
 # BENCH_FLAGS: see bin/bench --help.
@@ -34,7 +35,7 @@ bench: build
 
 # The race detector needs a C compiler. DEMO_HOST and the like never reach the tests: they use loopback only.
 test:
-	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
+	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux curl:curl \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
 		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
 		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper systemd-analyze:systemd systemd-socket-activate:systemd \
@@ -45,7 +46,7 @@ test:
 	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e
 
 lint: cross-vet
-	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples plugins); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
 	go vet ./...
 	$(tool) staticcheck ./...
 	@tools/vulncheck.sh

@@ -264,7 +264,8 @@ func TestConnect(t *testing.T) {
 		w.connections(3)
 		// Nothing of what ssh_config has for sessions is made.
 		forwards := w.write("forwards.conf", fmt.Sprintf("Host box\n    LocalForward 127.0.0.1:%d 127.0.0.1:1\n    LocalCommand exit 1\n"+
-			"    ControlMaster auto\n    ControlPath %s\n    RemoteCommand exit 1\nInclude %s\n", freePort(t), w.path("cm"), w.conf))
+			"    ControlMaster auto\n    ControlPath %s\n    RemoteCommand exit 1\n"+
+			"    ForkAfterAuthentication yes\n    StdinNull yes\nInclude %s\n", freePort(t), w.path("cm"), w.conf))
 		if r := connect(forwards); r.status != 0 || r.err != "" {
 			t.Errorf("%+v", r)
 		}

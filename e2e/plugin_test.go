@@ -139,7 +139,7 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		if err != nil {
 			return err
 		}
-		wait, err := j.host.HandOver(ctx, plugin.Handover{
+		carried, err := j.host.HandOver(ctx, plugin.Handover{
 			Connection: c.ID, Network: network, Address: what, Data: []byte("ping "), PID: os.Getpid(), Origin: near.LocalAddr().String(),
 		}, far.(*net.TCPConn))
 		far.Close()
@@ -149,7 +149,7 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		fmt.Fprint(near, "pong")
 		near.(*net.TCPConn).CloseWrite()
 		_, err = io.Copy(stdout, near)
-		wait()
+		carried.Wait()
 		return err
 	case "listen":
 		l, err := j.host.Listen(ctx, c.ID, network, what)
@@ -331,6 +331,23 @@ func TestAPluginWaits(t *testing.T) {
 				t.Errorf("stderr %q", r.err)
 			}
 		}
+		// The answer is a use, too.
+		w.reload(judged("[]", `    ask = ["exec"]`) + "host \"127.0.0.1\" {\n  deny {\n    when   = use.name == \"allow\"\n    reason = \"not by you\"\n  }\n}\n")
+		q := w.sshStart("box", "echo done")
+		q.expectErr("judge: run `muxproxy allow ")
+		var list []struct{ ID string }
+		if r := w.mux("pending", "--json"); json.Unmarshal([]byte(r.out), &list) != nil || len(list) != 1 {
+			t.Fatalf("pending: %+v", r)
+		}
+		if r := w.mux("allow", list[0].ID); r.status != 1 || !strings.Contains(r.err, "denied by policy: not by you") {
+			t.Errorf("allow: %+v", r)
+		}
+		if r := w.mux("deny", list[0].ID); r.status != 0 {
+			t.Errorf("deny: %+v", r)
+		}
+		q.in.Close()
+		want(t, q.wait(patience), 255, "")
+		w.reload(judged("[]", `    ask = ["exec"]`))
 		// Who leaves is waited for no more.
 		p := w.sshStart("box", "true")
 		p.expectErr("judge: run `muxproxy allow ")
@@ -518,7 +535,7 @@ func TestWhatAPluginDoesIsJudged(t *testing.T) {
 		want(t, w.mux("judge", "dial", "hop3", echo), 0, "ping")
 		h.count(1, 1, 1) // not around the jump hosts
 		for what, c := range map[string]struct{ lines, why string }{
-			"not shared": {"share = host.port != " + port, "policy does not share connections to 127.0.0.1:" + port},
+			"not shared": {"share = host.port != " + port, "connections to 127.0.0.1:" + port + " are not shared"},
 			"a jump": {"deny {\n when = use.kind == \"jump\" && use.port == " + port + "\n reason = \"no way\"\n}",
 				"denied by policy: no way"},
 			"the caller": {fmt.Sprintf("deny {\n when = client.exe == %q && use.kind == \"attach\"\n reason = \"no plugins\"\n}", exe),
@@ -592,11 +609,31 @@ func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 		return
 	}
 	forPipes(t, func(t *testing.T, w *world) {
-		w.policy(judged("[]", ""))
+		// One that is being started has no life line that it looks at.
+		script := w.write("mute", "#!/bin/sh\nexec sleep 3600\n")
+		if err := os.Chmod(script, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", ""))
 		want(t, w.ssh("box", "true"), 0, "")
-		pid := w.plugins()[0].PID
-		kill9(w.mustStatus().PID)
-		eventually(t, "the plugin is gone", func() bool { return gone(pid) })
+		pid, master := 0, w.mustStatus().PID
+		for _, p := range w.plugins() {
+			if p.Name == "judge" {
+				pid = p.PID
+			}
+		}
+		mute := 0
+		eventually(t, "the mute one is tried again", func() bool {
+			for _, child := range children(master) {
+				if args := processes()[child]; len(args) > 0 && args[0] == "sleep" {
+					mute = child
+				}
+			}
+			return mute != 0
+		})
+		kill9(master)
+		eventually(t, "the plugins are gone", func() bool { return pid != 0 && gone(pid) && gone(mute) })
+		w.policy("")
 		want(t, w.ssh("box", "echo again"), 0, "again\n")
 	})
 }

@@ -6,12 +6,14 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/plugins/confirm"
+	"github.com/muxproxy/muxproxy/plugins/forward"
 	"github.com/muxproxy/muxproxy/plugins/persist"
 )
 
 // builtIns are the plugins that this program is when it is started as "muxproxyd plugin NAME" by a master.
 var builtIns = map[string]func() plugin.Plugin{
 	"confirm": confirm.New,
+	"forward": forward.New,
 	"persist": persist.New,
 }
 

@@ -103,6 +103,9 @@ func runMaster(ctx context.Context, a *app) error {
 	// small as a master's. Every packet is an allocation in x/crypto/ssh. More would put off what is memory until then.
 	ballast := make([]byte, 4<<20)
 	defer runtime.KeepAlive(ballast)
+	// The other half is for the clients' own ssh, which have as much to do. A packet passes three goroutines of x/crypto/ssh;
+	// where each has a processor that waits for work, they hand over one packet at a time, and wake each other for it.
+	runtime.GOMAXPROCS((runtime.GOMAXPROCS(0) + 1) / 2)
 	hangup := make(chan os.Signal, 1) // also from a terminal that it was started on, which does no harm
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)

@@ -38,11 +38,17 @@ func connection(c pool.ConnInfo) pluginhost.Connection {
 	}
 }
 
-// Connections implements pluginhost.Backend.
+// Connections implements pluginhost.Backend. Clients are those of people: plugins hold connections, too.
 func (b backend) Connections() []pluginhost.Connection {
+	clients := map[uint64]int{}
+	for _, c := range b.m.snapshot() {
+		clients[c.upstream.Load()]++
+	}
 	var out []pluginhost.Connection
 	for _, c := range b.m.pool.List() {
-		out = append(out, connection(c))
+		p := connection(c)
+		p.Clients = clients[c.ID]
+		out = append(out, p)
 	}
 	return out
 }
@@ -52,7 +58,7 @@ func (b backend) connection(id uint64) (pluginhost.Connection, error) {
 	if i := slices.IndexFunc(list, func(c pluginhost.Connection) bool { return c.ID == id }); i >= 0 {
 		return list[i], nil
 	}
-	return pluginhost.Connection{}, fmt.Errorf("connection %d has ended", id)
+	return pluginhost.Connection{}, fmt.Errorf("connection %d: %w", id, pool.ErrGone)
 }
 
 // Resolve implements pluginhost.Backend.
@@ -73,7 +79,9 @@ func (nobody) Ask(context.Context, pool.Question) ([]string, error) { return nil
 func (b backend) Connect(ctx context.Context, by pluginhost.Actor, t use.Target) (pluginhost.Connection, error) {
 	caller := b.caller(by, 0)
 	if !b.m.policy.lookup().For(t, caller).Share() {
-		return pluginhost.Connection{}, fmt.Errorf("policy does not share connections to %s", t.Addr())
+		return pluginhost.Connection{}, &use.Denied{
+			By: "policy", Reason: use.Printable(fmt.Sprintf("connections to %s are not shared (share = false)", t.Addr())),
+		}
 	}
 	r, err := b.m.ownResolution(ctx, t)
 	if err != nil {

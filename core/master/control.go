@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"runtime/metrics"
 	"slices"
 	"strings"
 
@@ -251,6 +252,7 @@ func (m *Master) HostKeys(made bool) (plain, ca []string) {
 
 // Dump implements control.Backend.
 func (m *Master) Dump() string {
+	memory := memoryInUse() // before the rest of this takes some
 	buf := make([]byte, 1<<20)
 	for {
 		n := runtime.Stack(buf, true)
@@ -270,6 +272,15 @@ func (m *Master) Dump() string {
 	if err != nil {
 		state = []byte(err.Error())
 	}
-	return fmt.Sprintf("muxproxy %s, %s, %s/%s, %d goroutines\n\n%s\n\n%s", m.opts.Version, runtime.Version(), runtime.GOOS,
-		runtime.GOARCH, runtime.NumGoroutine(), state, buf)
+	return fmt.Sprintf("muxproxy %s, %s, %s/%s, %d goroutines\n%s\n\n%s\n\n%s", m.opts.Version, runtime.Version(), runtime.GOOS,
+		runtime.GOARCH, runtime.NumGoroutine(), memory, state, buf)
+}
+
+// memoryInUse says what is in use, without garbage: what the system shows of a process depends on when it last collected that.
+func memoryInUse() string {
+	runtime.GC()
+	runtime.GC() // what is in a sync.Pool goes at the second
+	in := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/stacks:bytes"}}
+	metrics.Read(in)
+	return fmt.Sprintf("in use: heap %d, stacks %d bytes", in[0].Value.Uint64(), in[1].Value.Uint64())
 }

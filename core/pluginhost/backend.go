@@ -61,7 +61,8 @@ type Listener interface {
 }
 
 // Backend is the master, as plugins reach it. That the plugin has the capability and that the host has a block of it is
-// checked before. Denials by the gate come as *use.Denied; other errors are a line for a person. All may be called by many
+// checked before. Denials by the gate come as *use.Denied, and what is about a connection that has ended is a pool.ErrGone;
+// other errors are a line for a person. All may be called by many
 // goroutines at once.
 type Backend interface {
 	Connections() []Connection

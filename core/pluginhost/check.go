@@ -289,7 +289,7 @@ func (s *supervised) decided(d *pluginpb.Decision) (*use.Denied, bool) {
 // onFailure is what counts instead of an answer.
 func (s *supervised) onFailure(u use.Use, why string) *use.Denied {
 	s.mu.Lock()
-	allow := s.spec.AllowOnFailure || mends(u)
+	allow := s.policy.AllowOnFailure || mends(u)
 	s.mu.Unlock()
 	why = use.Printable(why)
 	s.log.Warn().Str("error", why).Bool("allowed", allow).Msg("plugin did not decide")

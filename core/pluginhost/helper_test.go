@@ -164,7 +164,7 @@ func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Wr
 			return fail(err)
 		}
 		fmt.Fprintln(stdout, t, block.(*judgeBlock).Do)
-	case "close", "drain", "notify", "dial", "handover", "listen", "ticket":
+	case "close", "drain", "notify", "dial", "handover", "handover-not", "listen", "offer", "ticket":
 		var id uint64
 		fmt.Sscan(args[1], &id)
 		if err := j.stream(ctx, args[0], id, args[2:], stdout); err != nil {
@@ -216,32 +216,56 @@ func (j *judge) stream(ctx context.Context, what string, id uint64, args []strin
 		_, err = io.Copy(stdout, c)
 		return err
 	case "handover":
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return err
-		}
-		defer l.Close()
-		near, err := net.Dial("tcp", l.Addr().String())
+		near, far, err := tcpPair()
 		if err != nil {
 			return err
 		}
 		defer near.Close()
-		far, err := l.Accept()
-		if err != nil {
-			return err
-		}
 		fmt.Fprint(near, "second")
-		near.(*net.TCPConn).CloseWrite()
-		wait, err := h.HandOver(ctx, plugin.Handover{Connection: id, Network: "tcp", Address: args[0], Data: []byte("first ")},
-			far.(*net.TCPConn))
+		near.CloseWrite()
+		transfer, err := h.HandOver(ctx, plugin.Handover{
+			Connection: id, Network: "tcp", Address: args[0], Data: []byte("first "),
+			Opened: func() error { _, err := fmt.Fprint(far, "open: "); return err },
+		}, far)
 		far.Close()
 		if err != nil {
 			return err
 		}
-		if _, err := io.Copy(stdout, near); err != nil {
+		return carried(transfer, near, stdout)
+	case "handover-not": // what comes before the stream fails
+		near, far, err := tcpPair()
+		if err != nil {
 			return err
 		}
-		wait()
+		defer near.Close()
+		defer far.Close()
+		_, err = h.HandOver(ctx, plugin.Handover{
+			Connection: id, Network: "tcp", Address: args[0], Opened: func() error { return errors.New("not today") },
+		}, far)
+		return err
+	case "offer":
+		l, err := h.Listen(ctx, id, "tcp", args[0])
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		o, err := l.AcceptOffer()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(stdout, o.Origin)
+		near, far, err := tcpPair()
+		if err != nil {
+			return err
+		}
+		defer near.Close()
+		near.CloseWrite()
+		transfer, err := o.HandOver(ctx, far)
+		far.Close()
+		if err != nil {
+			return err
+		}
+		return carried(transfer, near, stdout)
 	case "listen":
 		l, err := h.Listen(ctx, id, "tcp", args[0])
 		if err != nil {
@@ -258,6 +282,36 @@ func (j *judge) stream(ctx context.Context, what string, id uint64, args []strin
 		_, err = io.Copy(c, c)
 		return err
 	}
+	return nil
+}
+
+// tcpPair returns both ends of a connection; with an error they need not be closed.
+func tcpPair() (near, far *net.TCPConn, err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer l.Close()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := l.Accept()
+	if err != nil {
+		c.Close()
+		return nil, nil, err
+	}
+	return c.(*net.TCPConn), d.(*net.TCPConn), nil
+}
+
+// carried prints what comes out of a stream that was handed over, and what it says to have carried.
+func carried(t *plugin.Transfer, near io.Reader, stdout io.Writer) error {
+	if _, err := io.Copy(stdout, near); err != nil {
+		return err
+	}
+	t.Wait()
+	in, out := t.Counts()
+	fmt.Fprintf(stdout, " (in %d, out %d)", in, out)
 	return nil
 }
 

@@ -85,6 +85,8 @@ func failed(err error) error {
 		return nil
 	case errors.As(err, &denied):
 		code = codes.PermissionDenied
+	case errors.Is(err, pool.ErrGone):
+		code = codes.NotFound
 	case errors.Is(err, context.Canceled):
 		code = codes.Canceled
 	case errors.Is(err, context.DeadlineExceeded):

@@ -12,15 +12,15 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/muxproxy/muxproxy/core/buffer"
 	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
 const (
-	ticketSize = 16
 	maxTickets = 1024            // of one plugin that nobody has come with yet
 	helloTime  = 5 * time.Second // for a peer that connects and sends no ticket
-	copyBuffer = 64 << 10
 	// presentEvery is how often the directory of sockets is looked after: logind takes /run/user/UID away with the user's
 	// last session, and the master lives on.
 	presentEvery = time.Second
@@ -36,7 +36,7 @@ type streams struct {
 	at      *place
 	closed  bool
 	ending  chan struct{} // closed with it
-	tickets map[[ticketSize]byte]*ticket
+	tickets map[[pluginrun.TicketSize]byte]*ticket
 	open    map[io.Closer]bool // what close has to end
 }
 
@@ -53,7 +53,7 @@ func listenStreams(m *Manager) (*streams, error) {
 		return nil, err
 	}
 	s := &streams{
-		m: m, at: at, ending: make(chan struct{}), tickets: map[[ticketSize]byte]*ticket{}, open: map[io.Closer]bool{},
+		m: m, at: at, ending: make(chan struct{}), tickets: map[[pluginrun.TicketSize]byte]*ticket{}, open: map[io.Closer]bool{},
 	}
 	s.accepting.Go(s.run)
 	return s, nil
@@ -147,7 +147,7 @@ func (s *streams) untrack(c io.Closer) {
 
 // ticket makes a ticket for a stream, which is closed if nobody comes for it.
 func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error) {
-	var id [ticketSize]byte
+	var id [pluginrun.TicketSize]byte
 	rand.Read(id[:]) // never fails
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -174,7 +174,7 @@ func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error
 }
 
 // remove reports whether t was still to be had; then the stream is the caller's.
-func (s *streams) remove(id [ticketSize]byte, t *ticket) bool {
+func (s *streams) remove(id [pluginrun.TicketSize]byte, t *ticket) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.tickets[id] != t {
@@ -185,7 +185,7 @@ func (s *streams) remove(id [ticketSize]byte, t *ticket) bool {
 }
 
 // redeem returns what a ticket is for. One that another plugin comes with stays good for its owner.
-func (s *streams) redeem(id [ticketSize]byte, session int) *ticket {
+func (s *streams) redeem(id [pluginrun.TicketSize]byte, session int) *ticket {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t := s.tickets[id]
@@ -221,7 +221,7 @@ func (s *streams) serve(c *net.UnixConn) {
 		return
 	}
 	c.SetDeadline(time.Now().Add(helloTime))
-	id, socket, err := readTicket(c)
+	id, socket, err := pluginrun.ReadTicket(c)
 	if socket != nil {
 		defer socket.Close()
 	}
@@ -253,22 +253,26 @@ func (s *streams) serve(c *net.UnixConn) {
 		return
 	}
 	c.SetDeadline(time.Time{})
-	if len(t.data) > 0 {
-		if _, err := t.stream.Write(t.data); err != nil {
-			return
-		}
-	}
 	local := duplex(c)
+	var n pluginrun.Counts
 	if socket != nil {
 		if !s.track(socket) {
 			return
 		}
 		defer s.untrack(socket)
-		socket.whole(false)
+		socket.Whole(false)
 		local = socket
+		defer n.Tell(c)()
 	}
-	if join(local, t.stream) && socket != nil {
-		socket.whole(true)
+	if len(t.data) > 0 {
+		m, err := t.stream.Write(t.data)
+		n.In(m)
+		if err != nil {
+			return
+		}
+	}
+	if join(local, t.stream, &n) && socket != nil {
+		socket.Whole(true)
 	}
 }
 
@@ -278,35 +282,46 @@ type duplex interface {
 	CloseWrite() error
 }
 
-// whole says whether the end of a TCP connection that was handed over is to be an end in good order. Otherwise it is a
-// reset, also if this process is killed: what was cut off must not look complete. Unix sockets have no way to say so.
-func (h *handed) whole(so bool) {
-	seconds := 0
-	if so {
-		seconds = -1 // the system's default
-	}
-	if t, ok := h.Conn.(*net.TCPConn); ok {
-		_ = t.SetLinger(seconds) // fails if it is closed already
-	}
-}
-
 // join copies both ways until both have ended, or one has failed; then it returns false.
-func join(a, b duplex) bool {
+func join(local duplex, remote Stream, n *pluginrun.Counts) bool {
 	var copying sync.WaitGroup
 	var failed atomic.Bool
-	one := func(to, from duplex) {
-		if _, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, copyBuffer)); err != nil {
+	one := func(to, from duplex, count func(int)) {
+		if err := pump(to, from, count); err != nil {
 			failed.Store(true)
-			a.Close()
-			b.Close()
+			local.Close()
+			remote.Close()
 			return
 		}
 		_ = to.CloseWrite() // fails if it is closed already
 	}
-	copying.Go(func() { one(a, b) })
-	copying.Go(func() { one(b, a) })
+	copying.Go(func() { one(remote, local, n.In) })
+	copying.Go(func() { one(local, remote, n.Out) })
 	copying.Wait()
 	return !failed.Load()
+}
+
+// pump copies one way until from ends.
+func pump(to io.Writer, from io.Reader, count func(int)) error {
+	var b buffer.Buffer
+	defer b.Release()
+	for {
+		buf := b.Next()
+		m, err := from.Read(buf)
+		if m > 0 {
+			if _, err := to.Write(buf[:m]); err != nil {
+				return err
+			}
+			count(m)
+			b.Took(m)
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // close ends the socket, and all streams, for which it does not wait: one that a server does not take anything from ends

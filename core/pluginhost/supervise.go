@@ -29,15 +29,16 @@ const maxBackoff = time.Minute
 
 // supervised is one plugin of the policy: its process, and the next one when that has crashed.
 type supervised struct {
-	m   *Manager
-	log zerolog.Logger
+	m    *Manager
+	log  zerolog.Logger
+	spec Plugin // as it was started: May, AllowOnFailure and Pos are in policy
 
 	stop    context.CancelFunc
 	ctx     context.Context // ends with stop
 	running sync.WaitGroup  // supervise
 
 	mu       sync.Mutex // guards what follows
-	spec     Plugin     // only May, AllowOnFailure and Pos change
+	policy   Plugin     // what the policy in force says
 	desc     *Described // nil: never got so far
 	inst     *instance  // nil: none that is described
 	ready    bool       // inst has its configuration
@@ -60,7 +61,7 @@ type instance struct {
 }
 
 func newSupervised(m *Manager, p Plugin) *supervised {
-	s := &supervised{m: m, spec: p, log: m.o.Log.With().Str("plugin", p.Name).Logger(), changed: make(chan struct{}), events: newEvents()}
+	s := &supervised{m: m, spec: p, policy: p, log: m.o.Log.With().Str("plugin", p.Name).Logger(), changed: make(chan struct{}), events: newEvents()}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.failure = "it was not started"
 	return s
@@ -95,7 +96,10 @@ func (s *supervised) first(ctx context.Context) []Problem {
 }
 
 func (s *supervised) problem(format string, args ...any) Problem {
-	return Problem{Plugin: s.spec.Name, Pos: s.spec.Pos, Text: fmt.Sprintf(format, args...)}
+	s.mu.Lock()
+	pos := s.policy.Pos
+	s.mu.Unlock()
+	return Problem{Plugin: s.spec.Name, Pos: pos, Text: fmt.Sprintf(format, args...)}
 }
 
 func (s *supervised) broken(err error) Problem {
@@ -109,7 +113,10 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	file, err := checkFile(s.spec)
+	s.mu.Lock()
+	spec := s.spec
+	s.mu.Unlock()
+	file, err := checkFile(spec)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -117,7 +124,7 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 	lines := &lineLog{log: s.log}
 	at := s.m.streams.place()
 	p, err := pluginrun.Start(ctx, pluginrun.Options{
-		Name: s.spec.Name, Path: s.spec.Path, Args: strings.Fields(s.spec.Args), Env: s.m.o.Env, Dir: at.dir,
+		Name: spec.Name, Path: spec.Path, Args: strings.Fields(spec.Args), Env: s.m.o.Env, Dir: at.dir,
 		Stream: at.listener.Path(), StartTimeout: s.m.o.Timing.Start, Stderr: lines.line,
 		Host: func(pid int) pluginpb.HostServer {
 			inst.host.pid = pid
@@ -336,7 +343,7 @@ func (s *supervised) commit(specs []Plugin) {
 	s.mu.Lock()
 	for _, p := range specs {
 		if p.Name == s.spec.Name {
-			s.spec.May, s.spec.AllowOnFailure, s.spec.Pos = p.May, p.AllowOnFailure, p.Pos // the rest is read without mu
+			s.policy = p
 		}
 	}
 	s.blocks, s.next = s.next, nil
@@ -467,7 +474,7 @@ func (s *supervised) hasLocked(c plugin.Capability) bool {
 	if s.spec.BuiltIn {
 		return s.desc != nil && slices.Contains(s.desc.Wants, string(c))
 	}
-	return slices.Contains(s.spec.May, string(c))
+	return slices.Contains(s.policy.May, string(c))
 }
 
 func (s *supervised) status() Status {

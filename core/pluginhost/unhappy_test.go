@@ -28,6 +28,7 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -321,8 +322,10 @@ func TestHostService(t *testing.T) {
 		{[]string{"dial", "1", "refused:1"}, 255, `refused by the server: connect failed\x1b` + "\n", "", "dial"},
 		{[]string{"dial", "1", "denied:1"}, 1, "denied: denied by policy: no\n", "", "dial"},
 		{[]string{"dial", "2", "echo:1"}, 1, "denied: u@foreign:22 has no block of can\n", "", "dial"},
-		{[]string{"handover", "1", "echo:1"}, 0, "first second", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover", "1", "echo:1"}, 0, "open: first second (in 12, out 12)", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover-not", "1", "echo:1"}, 255, "not today\n", "dial 1 tcp echo:1", "dial"},
 		{[]string{"listen", "1", "localhost:0"}, 0, "127.0.0.1:4444\n192.0.2.1:99\n", "listen 1 tcp localhost:0", "listen"},
+		{[]string{"offer", "1", "localhost:0"}, 0, "192.0.2.1:99\nover there (in 0, out 10)", "listen 1 tcp localhost:0", "listen"},
 		{[]string{"listen", "2", "localhost:0"}, 1, "denied: u@foreign:22 has no block of can\n", "", "listen"},
 		{[]string{"kept"}, 0, "", "", "keep"},
 		{[]string{"keep", "this"}, 0, "", "", "keep"},
@@ -335,7 +338,7 @@ func TestHostService(t *testing.T) {
 			w.backend.mu.Unlock()
 			for _, name := range []string{"can", "built-in"} {
 				status, out := w.command(name, c.args...)
-				if want := strings.ReplaceAll(c.want, "of can", "of "+name); status != c.status || out != want {
+				if want := strings.NewReplacer("of can", "of "+name, "can/", name+"/").Replace(c.want); status != c.status || out != want {
 					t.Errorf("%s: status %d, %q", name, status, out)
 				}
 			}
@@ -427,7 +430,7 @@ func TestTickets(t *testing.T) {
 	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), id); out != refused {
 		t.Errorf("a second time: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), strings.Repeat("00", ticketSize)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), strings.Repeat("00", pluginrun.TicketSize)); out != refused {
 		t.Errorf("a guess: %s", out)
 	}
 	w.m.o.Timing.Ticket = time.Millisecond

@@ -268,7 +268,7 @@ host "*" {
 	if b := block("confirm", git); b["ask"] != "never" || b["remember"] != "0s" {
 		t.Error(b) // not merged with the next
 	}
-	if b := block("confirm", shell); b["ask"] != "always" || b["remember"] != "5m" || len(b["on"].([]any)) != 4 {
+	if b := block("confirm", shell); b["ask"] != "always" || b["remember"] != "5m" || len(b["on"].([]any)) != 9 {
 		t.Error(b)
 	}
 	if b := block("persist", use.Use{}); b["idle"] != "2h" || b["prewarm"] != false || b["until"] != "" {

@@ -153,7 +153,7 @@ func (p *Pool) Attach(ctx context.Context, permit *use.Permit, id uint64) (*Leas
 	i := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.id == id })
 	if i < 0 || p.closed || p.ups[i].draining || p.ups[i].conn.Down() {
 		p.mu.Unlock()
-		return nil, fmt.Errorf("connection %d has ended", id)
+		return nil, fmt.Errorf("connection %d: %w", id, ErrGone)
 	}
 	u := p.ups[i]
 	k := flightKey{key: u.key, agent: u.conn.Server().AgentID, lane: u.lane.Agent}
@@ -161,6 +161,9 @@ func (p *Pool) Attach(ctx context.Context, permit *use.Permit, id uint64) (*Leas
 	p.mu.Unlock()
 	if err := u.checked(ctx); err != nil {
 		l.Release()
+		if ctx.Err() == nil {
+			err = fmt.Errorf("connection %d: %w: %w", id, ErrGone, err)
+		}
 		return nil, err
 	}
 	return l, nil
@@ -641,6 +644,9 @@ func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
 }
 
 var errLost = errors.New("connection lost")
+
+// ErrGone is that a connection which was named has ended, or takes nobody any more.
+var ErrGone = errors.New("the connection has ended")
 
 func lostError(t use.Target, cause error) error {
 	if cause != nil {

@@ -722,6 +722,32 @@ func TestWatcherIsTold(t *testing.T) {
 	tell("down 3 false <nil>")
 }
 
+// The times of a Retainer are the wall clock's: it is asked again when that has been set, or the machine has slept.
+func TestTheRetainerIsAskedAgainAfterAJumpOfTheClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var offset atomic.Int64
+		k := keeper{func() time.Time { return time.Now().Add(time.Hour) }, make(chan ConnInfo, 10)}
+		p := newWithClock(&dialer{}, k, gate, zerolog.Nop(), func() time.Time { return time.Now().Add(time.Duration(offset.Load())) })
+		t.Cleanup(p.Close)
+		acquire(t, p, spec("alice")).Release()
+		<-k.asked
+		time.Sleep(10 * clockTick)
+		for _, by := range []time.Duration{time.Hour, -time.Hour} {
+			if n := len(k.asked); n != 0 {
+				t.Errorf("asked %d times without a jump", n)
+			}
+			offset.Add(int64(by))
+			time.Sleep(2 * clockTick)
+			if n := len(k.asked); n != 1 {
+				t.Errorf("asked %d times after a jump by %v", n, by)
+			}
+			for len(k.asked) > 0 {
+				<-k.asked
+			}
+		}
+	})
+}
+
 // Attach is for uses that are no client's.
 func TestAttach(t *testing.T) {
 	d := &dialer{}

@@ -36,10 +36,10 @@ type series struct {
 	cancel  context.CancelFunc
 }
 
-// backoff is the wait before another try: 1 s, doubled up to 1 min, and up to half as much again, so that what was lost at
-// once does not come back at once.
-func backoff(tries int) time.Duration {
-	d := min(time.Second<<min(tries, 6), 40*time.Second)
+// backoff is the wait before another try, after so many: 1 s, doubled up to 1 min, with up to half as much again, so that
+// what was lost at once does not come back at once.
+func backoff(waits int) time.Duration {
+	d := min(time.Second<<min(waits, 6), 40*time.Second)
 	return d + rand.N(d/2)
 }
 
@@ -145,12 +145,12 @@ var errUnwanted = errors.New("policy does not want it any more")
 // run tries until there is a connection, or none is to be had or wanted.
 func (p *persist) run(ctx context.Context, s *series) {
 	began := time.Now()
-	wait := time.Duration(0)
+	wait, waits := time.Duration(0), 0
 	if !s.prewarm {
-		wait = backoff(0)
+		wait, waits = backoff(0), 1
 	}
 	var last error
-	for tries, until := 0, s.until; ; {
+	for until := s.until; ; {
 		var timer <-chan time.Time
 		if wait >= 0 {
 			timer = time.After(wait)
@@ -158,7 +158,7 @@ func (p *persist) run(ctx context.Context, s *series) {
 		select {
 		case <-timer:
 		case <-s.poke:
-			tries, wait = 0, backoff(0)
+			wait, waits = backoff(0), 1
 			if s.prewarm {
 				until = p.untilIfNow(s.rule)
 			}
@@ -171,7 +171,11 @@ func (p *persist) run(ctx context.Context, s *series) {
 			continue
 		}
 		if !wall().Before(until) {
-			p.record("give-up", s.target, fmt.Sprintf("the connection would not be kept any more; last: %v", last))
+			why := "the connection would not be kept any more"
+			if last != nil {
+				why += "; last: " + last.Error()
+			}
+			p.record("give-up", s.target, why)
 			return
 		}
 		c, err := p.try(ctx, s)
@@ -184,7 +188,8 @@ func (p *persist) run(ctx context.Context, s *series) {
 			if s.prewarm {
 				how = "made in advance"
 			}
-			p.record("connect", c.Target.String(), fmt.Sprintf("%s, %s after %s", label(c.ID), how, time.Since(began).Round(time.Millisecond)))
+			took := time.Since(began).Round(time.Millisecond)
+			p.record("connect", c.Target.String(), fmt.Sprintf("%s, %s after %s", label(c.ID), how, took))
 			return
 		case refused, errors.Is(err, errUnwanted), s.prewarm && !s.rule.reconnect && !errors.Is(err, plugin.ErrDenied):
 			p.record("give-up", s.target, err.Error())
@@ -196,8 +201,8 @@ func (p *persist) run(ctx context.Context, s *series) {
 			if last == nil {
 				p.record("fail", s.target, err.Error()+"; trying again")
 			}
-			wait = backoff(tries)
-			tries++
+			wait = backoff(waits)
+			waits++
 		}
 		last = err
 	}

@@ -1,5 +1,5 @@
-// Package persist is the plugin that keeps connections without clients, makes them in advance, and makes them again when they
-// are lost.
+// Package persist is the plugin that keeps connections without clients, makes them in advance, and makes them again when
+// they are lost.
 package persist
 
 import (

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -18,7 +19,14 @@ import (
 	"github.com/muxproxy/muxproxy/core/plugin"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// The test binary plays the plugin.
+func TestMain(m *testing.M) {
+	if os.Getenv(plugin.CookieKey) != "" || os.Getenv("PLAY_PLUGIN") != "" {
+		plugin.Serve(New())
+	}
+	// The one that starts processes lives as long as the program.
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/muxproxy/muxproxy/core/plugin/pluginrun.init.func1.1"))
+}
 
 // fake is a master in memory. Its blocks are by the target's host or alias; connections come up and go as the tests say.
 type fake struct {
@@ -364,7 +372,7 @@ func TestLockAndSleep(t *testing.T) {
 				}
 				f.recorded()
 				f.end(1, "closed", "", 0)
-				f.end(shut.ID, "lost", "reset", 0)
+				f.end(shut.ID, "lost", "reset", 1) // in use it was not closed yet, and shall not come back
 				f.recorded("close u@warm:22 connection 1: " + c.why)
 				// Nothing is dialled meanwhile, and what was lost comes back afterwards.
 				f.end(lost.ID, "lost", "connection reset", 1)
@@ -379,6 +387,39 @@ func TestLockAndSleep(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What was idle is tried again for no longer than it would have stayed; what changes makes tries frequent again.
+func TestReconnectTimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, map[string]*block{"a": with(func(b *block) { b.Reconnect = true })})
+		f.next(slices.Repeat([]error{errors.New("no route to host")}, 1000)...)
+		c := f.come("a")
+		f.retain(c.ID, time.Now().Add(-9*time.Minute))
+		lost := time.Now()
+		f.end(c.ID, "lost", "reset", 0)
+		time.Sleep(time.Hour)
+		f.recorded("keep", "lost", "fail", "give-up")
+		f.mu.Lock()
+		if last := f.dialled[len(f.dialled)-1].Sub(lost); last > time.Minute || last < 15*time.Second {
+			t.Errorf("the last try %v after the loss", last)
+		}
+		f.targets, f.dialled = nil, nil
+		f.mu.Unlock()
+
+		c = f.come("a")
+		f.end(c.ID, "lost", "reset", 1)
+		time.Sleep(5 * time.Minute)
+		f.event("wake")
+		awake := time.Now()
+		f.mu.Lock()
+		f.targets, f.dialled = nil, nil
+		f.mu.Unlock()
+		time.Sleep(11 * time.Second) // 1 s, 2 s, 4 s, 8 s, and half as much again
+		if times := f.dials("u@a:22", "u@a:22", "u@a:22"); times[2].Sub(awake) > 10500*time.Millisecond {
+			t.Errorf("the third try %v after waking up", times[2].Sub(awake))
+		}
+	})
 }
 
 // A sleep of which nobody tells the end is over after a while.
@@ -411,7 +452,7 @@ func TestReconnect(t *testing.T) {
 		times := f.dials(slices.Repeat([]string{"u@a:22"}, 41)...)
 		last := lost
 		for i, at := range times {
-			least := min(time.Second<<min(max(0, i-1), 6), 40*time.Second)
+			least := min(time.Second<<min(i, 6), 40*time.Second)
 			if wait := at.Sub(last); wait < least || wait > least*3/2 || wait > time.Minute {
 				t.Errorf("try %d after %v", i, wait)
 			}
@@ -641,9 +682,14 @@ func TestPrewarmStops(t *testing.T) {
 func TestDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake(t, map[string]*block{"a": with(nil)})
-		f.event("locked")
-		c := f.come("a")
+		early := f.come("a")
 		f.p.set(func() { clear(f.p.conns) }) // its event was dropped
+		f.blocks["a"].OnLock = "close"
+		f.event("locked")
+		f.drains(early.ID)
+		f.end(early.ID, "closed", "", 0)
+		c := f.come("a")
+		f.p.set(func() { clear(f.p.conns) })
 		f.p.Observe(t.Context(), plugin.Event{Kind: "decision", Dropped: 3})
 		time.Sleep(8 * time.Hour)
 		f.drains(c.ID)

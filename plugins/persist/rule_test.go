@@ -52,6 +52,8 @@ func TestKeep(t *testing.T) {
 			want: "2026-11-20 18:00:00 CET", why: "it is 18:00", end: "2026-11-20 18:00:00 CET"},
 		{name: "until, made at that minute", idle: "forever", max: "forever", until: "18:00", made: "2026-11-20 18:00",
 			left: "2026-11-20 18:01", want: "2026-11-21 18:00:00 CET", why: "it is 18:00", end: "2026-11-21 18:00:00 CET"},
+		{name: "max before until", idle: "forever", max: "1h", until: "18:00", made: "2026-11-20 09:00", left: "2026-11-20 09:30",
+			want: "2026-11-20 10:00:00 CET", why: "1h after its login", end: "2026-11-20 10:00:00 CET"},
 		{name: "until tomorrow", idle: "12h", max: "forever", until: "08:00", made: "2026-11-20 20:00", left: "2026-11-20 23:00",
 			want: "2026-11-21 08:00:00 CET", why: "it is 08:00", end: "2026-11-21 08:00:00 CET"},
 		{name: "the last day of a month", idle: "forever", max: "forever", until: "08:00", made: "2026-12-31 20:00", left: "2026-12-31 23:00",

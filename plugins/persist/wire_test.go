@@ -2,6 +2,7 @@ package persist
 
 import (
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -127,6 +128,18 @@ func TestThroughTheWire(t *testing.T) {
 	if got := s.Master.Drained(); len(got) != 1 || got[0] != c.GetId() {
 		t.Errorf("drained %d", got)
 	}
+}
+
+// As a process of its own it does all that a master expects.
+func TestConformance(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugintest.Run(t, plugintest.Options{
+		Path: exe, Env: []string{"PLAY_PLUGIN=1"},
+		Host: `{"prewarm": true, "reconnect": true, "on_lock": "close", "until": "18:00"}`,
+	})
 }
 
 // Whatever a master says, nothing is kept without a block.

@@ -2610,7 +2610,9 @@ func (x *DialResponse) GetRefusal() *Refusal {
 
 // Ticket is spent by connecting to the stream socket and sending its 16 bytes, with at most one connected stream socket as
 // SCM_RIGHTS. One byte answers: 0, or another one followed by a line of text. After 0 the connection is the stream; if a
-// socket came along, that one is, and the connection only stays open for as long as the stream does.
+// socket came along, that one is. Then the connection stays open for as long as the stream does and says what that has
+// carried: two unsigned 64-bit numbers in network byte order, of bytes towards the remote host and of bytes from it. They
+// come again while they grow, a second apart, and at the end; without those of the end the master has ended before.
 type Ticket struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`

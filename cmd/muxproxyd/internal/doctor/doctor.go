@@ -61,6 +61,8 @@ type Options struct {
 	Policy      *policy.Snapshot // nil: the file has errors
 	Diagnostics policy.Diagnostics
 
+	// CanAsk says why an askpass program, "" for any, can't ask on the screen.
+	CanAsk func(ctx context.Context, askpass string) error
 	// Connect reaches the master; the error wraps bridge.ErrNoMaster if none lives.
 	Connect func(context.Context) (*control.Master, error)
 }
@@ -80,7 +82,7 @@ var checks = []struct {
 	{"host_key", (*doctor).hostKey},
 	{"target", (*doctor).target},
 	{"directories", (*doctor).directories},
-	{"policy", (*doctor).policy},
+	{"policy", (*doctor).policyFile},
 	{"master", (*doctor).masterState},
 	{"known_hosts", (*doctor).knownHosts},
 	{"master_policy", (*doctor).masterPolicy},

@@ -98,6 +98,12 @@ func newWorld(t *testing.T) *world {
 	w.m = &fakeMaster{status: control.Status{Version: "1.2.3", PID: masterPID}}
 	w.o = Options{
 		Dirs: dirs, Getenv: w.getenv, Home: w.home, Config: w.path("config"), SSH: real, Self: w.path("bin/muxproxyd"), Version: "1.2.3",
+		CanAsk: func(_ context.Context, askpass string) error {
+			if askpass == "/bin/true" {
+				return nil
+			}
+			return errors.New("no " + askpass)
+		},
 		Connect: func(ctx context.Context) (*control.Master, error) {
 			conn, err := bridge.ConnectTo(ctx, dirs, paths.ControlSocket)
 			if err != nil {
@@ -533,17 +539,11 @@ var cases = []spoiled{
 		"plugins", Warning, "policy mentions mail, which the master has not started", "muxproxy master reload"},
 
 	{"no such askpass", func(w *world) { w.env["SSH_ASKPASS"] = "/nowhere/askpass" },
-		"askpass", Failure, "SSH_ASKPASS is the askpass /nowhere/askpass, which can't be run: ", "install an askpass program"},
+		"askpass", Failure, "SSH_ASKPASS is /nowhere/askpass, which can't be run: ", "unset SSH_ASKPASS"},
 	{"no such askpass in policy", func(w *world) { w.policy("master {\n  askpass = \"/nowhere/ask\"\n}\n") },
-		"askpass", Failure, "policy names the askpass /nowhere/ask, which can't be run", ""},
-	{"no screen", func(w *world) { w.policy("master {\n  askpass = \"/bin/true\"\n}\n") },
-		"askpass", Warning, "there is no graphical session", ""},
-	{"no askpass", func(w *world) {
-		w.policy("host \"*\" {\n  confirm {}\n}\n")
-		old := askpasses
-		w.t.Cleanup(func() { askpasses = old })
-		askpasses = []string{"/nowhere/ssh-askpass"}
-	}, "askpass", Warning, "policy has confirm, and no askpass", "install an askpass program"},
+		"askpass", Warning, "policy may have to ask on the screen, and can't now (unless a confirm block says how): no /nowhere/ask", ""},
+	{"no askpass", func(w *world) { w.policy("host \"*\" {\n  confirm {}\n}\n") },
+		"askpass", Warning, "policy may have to ask on the screen, and can't now (unless a confirm block says how): no ", ""},
 
 	{"no linger", func(w *world) { w.logind(logindFake{"KillUserProcesses": true, "Linger": false}) },
 		"linger", Warning, "logind ends the master, and all connections, when you log out", "loginctl enable-linger"},
@@ -645,8 +645,8 @@ func TestAllIsWell(t *testing.T) {
 		}, []string{"mail: up"}},
 		"askpass": {func(w *world) {
 			w.policy("master {\n  askpass = \"/bin/true\"\n}\n")
-			w.logind(logindFake{"KillUserProcesses": true, "Linger": true, "Display": []any{"c1", dbus.ObjectPath("/c1")}})
-		}, []string{"there is an askpass, and a graphical session", "linger is on"}},
+		}, []string{"there is an askpass program, and a graphical session"}},
+		"linger":     {func(w *world) { w.logind(logindFake{"KillUserProcesses": true, "Linger": true}) }, []string{"linger is on"}},
 		"no killing": {func(w *world) { w.logind(logindFake{"KillUserProcesses": false, "Linger": false}) }, []string{"logind lets the master run"}},
 		"spared": {func(w *world) {
 			out, err := exec.Command("id", "-un").Output()
@@ -659,6 +659,7 @@ func TestAllIsWell(t *testing.T) {
 			w.remove(w.path(".config/muxproxy/ssh_config"))
 			w.write("config", "Host *\n  ProxyCommand "+w.path("bin/muxproxy")+" %r@%h:%p\n  GlobalKnownHostsFile "+w.o.Dirs.State+"/known_hosts\n")
 		}, []string{"ssh example.com goes through muxproxy", "muxproxy stays beside each ssh"}},
+		"no bypass":        {func(w *world) { w.env["MUXPROXY_BYPASS"] = "0" }, nil},
 		"idle ControlPath": {func(w *world) { w.prepend("config", "ControlPath "+w.path("cm")+"\n") }, []string{"and nobody listens there"}},
 		"other hosts": {func(w *world) {
 			w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" elsewhere+1073741824\n# a comment\n")
