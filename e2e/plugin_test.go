@@ -624,11 +624,7 @@ func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 		}
 		mute := 0
 		eventually(t, "the mute one is tried again", func() bool {
-			for _, child := range children(master) {
-				if args := processes()[child]; len(args) > 0 && args[0] == "sleep" {
-					mute = child
-				}
-			}
+			mute = w.sleeper(master)
 			return mute != 0
 		})
 		kill9(master)
@@ -764,6 +760,16 @@ func TestTwoMastersHavePlugins(t *testing.T) {
 	})
 }
 
+// sleeper is a sleep(1) that a master has started; 0: none.
+func (w *world) sleeper(master int) int {
+	for _, child := range children(master) {
+		if args := processes()[child]; len(args) > 0 && args[0] == "sleep" {
+			return child
+		}
+	}
+	return 0
+}
+
 // A plugin that can't be started, or does not take its configuration, denies what its blocks cover. It keeps no master
 // from starting, nor from being told what to do, and is tried again.
 func TestAPluginThatDoesNotStart(t *testing.T) {
@@ -780,7 +786,7 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		mute := strings.Replace(policy, exe, script, 1)
+		unanswered := strings.Replace(policy, exe, script, 1)
 		// Another one has its job, and goes on with it.
 		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", `    deny = ["shell"]`))
 		if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: no shell") {
@@ -790,7 +796,7 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 			t.Fatalf("%+v", r)
 		}
 		for what, text := range map[string]string{
-			"no answer": mute, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
+			"no answer": unanswered, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
 		} {
 			w.policy(text)
 			if r := w.ssh("box", "echo others"); r.status != 0 || r.out != "others\n" {
@@ -808,7 +814,18 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		if r := w.ssh("box", "true"); r.status != 255 || !strings.Contains(r.err, "denied by judge: the plugin failed") {
 			t.Errorf("%+v", r)
 		}
-		w.reload(judgedFor(`"*"`, "[]", ""))
+		mute, master := 0, w.mustStatus().PID
+		eventually(t, "it is tried again", func() bool {
+			mute = w.sleeper(master)
+			return mute != 0
+		})
+		w.policy(judgedFor(`"*"`, "[]", ""))
+		if r := w.mux("master", "reload"); r.status != 0 || r.took > 5*time.Second {
+			t.Errorf("a reload waits for a plugin that does not answer: %+v", r)
+		}
+		if !gone(mute) {
+			t.Error("it is still being tried")
+		}
 		want(t, w.ssh("box", "echo better"), 0, "better\n")
 		if r := w.mux("master", "stop"); r.status != 0 {
 			t.Fatalf("%+v", r)
