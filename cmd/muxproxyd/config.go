@@ -23,7 +23,7 @@ func newConfig(a *app) *cobra.Command {
 		Use:   "config",
 		Short: "check the policy file, or show what applies to a host",
 		Long: `Works on the policy file: $MUXPROXY_CONFIG, or config.hcl in the configuration
-directory. docs/policy.md says what may stand in it.`,
+directory. docs/policy.md, which is muxproxy.hcl(5), says what may stand in it.`,
 		Example: "  muxproxy config check\n  muxproxy config show db.example.com",
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.usage(cmd) },

@@ -105,8 +105,9 @@ func newRoot(a *app) *cobra.Command {
 		Long: `muxproxy shares SSH connections between ssh, scp, sftp, rsync, git and whatever
 else runs ssh.
 
-ssh itself starts it as ProxyCommand; see the README for the lines that
-~/.ssh/config needs. MUXPROXY_BYPASS=1 in the environment goes without it.`,
+ssh itself starts it as ProxyCommand: "muxproxy setup" leads it there, and
+"muxproxy doctor" says what is wrong. MUXPROXY_BYPASS=1 in the environment goes
+without it.`,
 		Example:       "  muxproxy status\n  muxproxy close db.example.com",
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -146,6 +147,8 @@ ssh itself starts it as ProxyCommand; see the README for the lines that
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
 		newSetup(a), newDoctor(a),
 	)
+	root.AddCommand(newTopics()...)
+	root.AddCommand(newManual(a))
 	return root
 }
 

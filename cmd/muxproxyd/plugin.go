@@ -25,7 +25,8 @@ func newPlugin(a *app) *cobra.Command {
 		Use:   "plugin",
 		Short: "list and check plugins",
 		Long: `Plugins judge uses, keep connections, observe, and bring commands of their own.
-They are programs in any language; docs/plugins.md says how to write one.`,
+They are programs in any language; docs/plugins.md, which is muxproxy-plugin(7),
+says how to write one.`,
 		Example: "  muxproxy plugin list\n  muxproxy plugin check ~/bin/muxproxy-plugin-mine",
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return a.usage(cmd) },
