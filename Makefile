@@ -27,7 +27,7 @@ help:
 	@echo 'make packages     dist: deb, rpm, tar.gz, zip; PLATFORMS="linux/amd64 ..." for some of them'
 	@echo 'make demo         build, then measure what sharing gives; DEMO_HOST=HOST for a host of yours'
 	@echo 'make bench        build, then measure beside ControlMaster; QUICK=1 for 3 minutes, CASES=PATTERN for some of it'
-	@echo 'make test         all tests, with the race detector, and copies of 256 MiB without it'
+	@echo 'make test         all tests, with the race detector; copies of 256 MiB and 2 GiB of rekeying without it'
 	@echo 'make lint         gofmt, go vet (linux, darwin, windows), staticcheck, govulncheck'
 	@echo 'make proto        generate the code of the .proto files (needs protoc)'
 	@echo 'make proto-check  fail if that would change anything'
@@ -47,6 +47,7 @@ packages:
 	packaging/build.sh '$(VERSION)' $(PLATFORMS)
 
 demo: build
+	@tools/need.sh ssh:openssh-client curl:curl
 	bin/muxproxy demo $(DEMO_HOST)
 
 # BENCH_FLAGS: see bin/bench --help.
@@ -57,23 +58,23 @@ bench: build
 
 # The race detector needs a C compiler. DEMO_HOST and the like never reach the tests: they use loopback only.
 test:
-	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux \
+	tools/need.sh gcc:gcc ssh:openssh-client sshd:openssh-server rsync:rsync git:git tmux:tmux curl:curl \
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
 		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
-		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper \
+		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper systemd-analyze:systemd systemd-socket-activate:systemd \
 		python3.grpc:python3-grpcio python3.google.protobuf:python3-protobuf \
 		protoc:protobuf-compiler grpc_python_plugin:protobuf-compiler-grpc
 	go test -C tools ./...
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)
 	go test -race -timeout 10m -count=1 ./e2e
-	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk' ./e2e
+	E2E_BIG=1 go test -timeout 10m -count=1 -run 'Bulk|ManyThroughAForward' ./e2e
 
 # mandoc -T lint and groff -ww find what is wrong in a manual page.
 lint: cross-vet man
 	tools/need.sh mandoc:mandoc groff:groff-base
 	@for page in bin/share/man/man*/*; do \
 		mandoc -T lint -W warning $$page && LC_ALL=C.UTF-8 groff -ww -man -Tutf8 -z $$page 2>&1 | (! grep .) || exit 1; done
-	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples tools); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l *.go core cmd e2e bench examples plugins tools); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted"; exit 1; }
 	go vet ./...
 	go vet -C tools ./...
 	$(tool) staticcheck ./...

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -199,91 +201,196 @@ func (b *bench) bridges(sessions []*session) error {
 	return nil
 }
 
-// growth compares what one more client costs among few and among many.
+// growth compares what one more client costs beside few and beside many, in turns: each has a master of its own. The time is
+// also that of sshd, which takes longer for a session where it has many on one connection, as is seen without a master. So
+// the goal is about the master's processor time.
 func growth(ctx context.Context, b *bench) error {
+	const (
+		with      = "a client more: attach and run true"
+		without   = "a session more on one connection, without a master: run true"
+		processor = "a client more: the master's processor time"
+		inUse     = "a client more: the memory that the master has in use"
+	)
 	few, many := 10, b.rounds(1000, 300)
-	step := many / 10 // memory is that of so many more
-	return b.inWorld(ctx, setting{}, func(w *world) error {
-		var guests []*guest
-		defer func() {
-			for _, g := range guests {
-				g.close()
-			}
-		}()
-		attach := func(n int) error {
-			for len(guests) < n {
-				b.say.step("%s: %d of %d clients", b.current, len(guests), n)
-				g, err := w.guest(ctx)
-				if err != nil {
-					return fmt.Errorf("client %d: %w", len(guests)+1, err)
+	step := b.rounds(50, 20) // memory is that of so many more
+	rounds := b.rounds(10, 3)
+	return b.inWorld(ctx, setting{}, func(small *world) error {
+		return b.inWorld(ctx, setting{}, func(large *world) error {
+			crowds := []*crowd{{w: small, n: few}, {w: large, n: many}}
+			for _, c := range crowds {
+				b.say.step("%s: %d clients", b.current, c.n)
+				defer c.end()
+				if err := c.begin(ctx); err != nil {
+					return err
 				}
-				guests = append(guests, g)
-				if err := g.hold(); err != nil {
-					return fmt.Errorf("client %d: %w", len(guests), err)
+			}
+			rows := map[string]map[int][]float64{with: {}, without: {}, processor: {}, inUse: {}}
+			put := func(row string, c *crowd, v float64) { rows[row][c.n] = append(rows[row][c.n], v) }
+			for r := range rounds {
+				b.say.step("%s: round %d of %d", b.current, r+1, rounds)
+				took := map[string]map[int][]float64{with: {}, without: {}}
+				before := map[int]time.Duration{}
+				for _, c := range crowds {
+					before[c.n] = onProcessor(c.w.master)
+				}
+				const each = 10
+				for i := range each * len(crowds) { // by turns, for the machine may have other work
+					c := crowds[i%len(crowds)]
+					guest, alone, err := c.once(ctx)
+					if err != nil {
+						return fmt.Errorf("beside %d clients: %w", c.n, err)
+					}
+					took[with][c.n] = append(took[with][c.n], guest)
+					took[without][c.n] = append(took[without][c.n], alone)
+				}
+				for _, c := range crowds {
+					put(with, c, median(took[with][c.n]))
+					put(without, c, median(took[without][c.n]))
+					put(processor, c, (onProcessor(c.w.master)-before[c.n]).Seconds()*1000/each)
+					size, err := c.more(ctx, step)
+					if err != nil {
+						return fmt.Errorf("beside %d clients: %w", c.n, err)
+					}
+					put(inUse, c, size)
+				}
+			}
+			for _, row := range []struct {
+				what, unit string
+				bound      bool
+			}{{with, "ms", false}, {without, "ms", false}, {processor, "ms", true}, {inUse, "KiB", true}} {
+				var of *goal
+				for _, c := range crowds {
+					m := b.add(fmt.Sprintf("%s, of %d", row.what, c.n), row.unit, of)
+					m.Values[pipes] = rows[row.what][c.n]
+					if row.bound {
+						of = &goal{Op: "<=", Bound: 1.5, Of: fmt.Sprintf("that of %d", few), Base: m.Values}
+					}
 				}
 			}
 			return nil
-		}
-		times := func() ([]float64, error) {
-			var all []float64
-			for range 10 {
-				start := time.Now()
-				g, err := w.guest(ctx)
-				if err != nil {
-					return nil, err
-				}
-				err = g.run("true")
-				all = append(all, float64(time.Since(start))/float64(time.Millisecond))
-				g.close()
-				if err != nil {
-					return nil, err
-				}
-			}
-			return all, nil
-		}
-		// What a client is worth between n and n+step of them.
-		slope := func(n int) (float64, error) {
-			if err := attach(n); err != nil {
-				return 0, err
-			}
-			before, err := b.settled(ctx, w.master)
-			if err != nil {
-				return 0, err
-			}
-			if err := attach(n + step); err != nil {
-				return 0, err
-			}
-			after, err := b.settled(ctx, w.master)
-			return (after.best() - before.best()) / float64(step), err
-		}
-
-		if err := attach(few); err != nil {
-			return err
-		}
-		fewTimes, err := times()
-		if err != nil {
-			return err
-		}
-		fewSlope, err := slope(few)
-		if err != nil {
-			return err
-		}
-		manySlope, err := slope(many - step)
-		if err != nil {
-			return err
-		}
-		manyTimes, err := times()
-		if err != nil {
-			return err
-		}
-		compare := func(what, unit string, small, large []float64) {
-			a := b.add(fmt.Sprintf("%s, of %d", what, few), unit, nil)
-			z := b.add(fmt.Sprintf("%s, of %d", what, many), unit,
-				&goal{Op: "<=", Bound: 1.5, Of: fmt.Sprintf("that of %d", few), Base: a.Values})
-			a.Values[pipes], z.Values[pipes] = small, large
-		}
-		compare("a client more: attach and run true", "ms", fewTimes, manyTimes)
-		compare("a client more: master's memory", "KiB", []float64{fewSlope}, []float64{manySlope})
-		return nil
+		})
 	})
+}
+
+// crowd are the guests of a world, n but for measurements, each with a session, and one that is no guest but has n sessions
+// on a connection of its own.
+type crowd struct {
+	w      *world
+	n      int
+	guests []*guest
+	alone  *guest
+}
+
+// begin brings them. The caller calls end, whatever comes out.
+func (c *crowd) begin(ctx context.Context) error {
+	if err := c.come(ctx, c.n); err != nil {
+		return err
+	}
+	var err error
+	if c.alone, err = c.w.direct(ctx); err != nil {
+		return err
+	}
+	for range c.n {
+		if err := c.alone.hold(); err != nil {
+			return fmt.Errorf("without a master: %w", err)
+		}
+	}
+	return nil
+}
+
+func (c *crowd) end() {
+	c.leave(0)
+	if c.alone != nil {
+		c.alone.close()
+	}
+}
+
+// come makes them n.
+func (c *crowd) come(ctx context.Context, n int) error {
+	for len(c.guests) < n {
+		g, err := c.w.guest(ctx)
+		if err != nil {
+			return fmt.Errorf("client %d: %w", len(c.guests)+1, err)
+		}
+		c.guests = append(c.guests, g)
+		if err := g.hold(); err != nil {
+			return fmt.Errorf("client %d: %w", len(c.guests), err)
+		}
+	}
+	return nil
+}
+
+// leave makes them n again.
+func (c *crowd) leave(n int) {
+	for len(c.guests) > n {
+		c.guests[len(c.guests)-1].close()
+		c.guests = c.guests[:len(c.guests)-1]
+	}
+}
+
+// once is how many milliseconds a guest more takes from its coming until its command has ended, and the command alone
+// without a master.
+func (c *crowd) once(ctx context.Context) (took, sshd float64, err error) {
+	began := time.Now()
+	g, err := c.w.guest(ctx)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer g.close()
+	if err := g.run("true"); err != nil {
+		return 0, 0, err
+	}
+	took = float64(time.Since(began)) / float64(time.Millisecond)
+	began = time.Now()
+	err = c.alone.run("true")
+	return took, float64(time.Since(began)) / float64(time.Millisecond), err
+}
+
+// more is how many KiB the master has in use for a client more, by those of step more.
+func (c *crowd) more(ctx context.Context, step int) (float64, error) {
+	var in [2]float64
+	for i := range in {
+		if err := c.come(ctx, c.n+i*step); err != nil {
+			return 0, err
+		}
+		var err error
+		if in[i], err = c.w.inUse(ctx, len(c.guests)); err != nil {
+			return 0, err
+		}
+	}
+	c.leave(c.n)
+	return (in[1] - in[0]) / float64(step), nil
+}
+
+// inUse is how many KiB the master has in use with n clients, once it has no others. What is resident says less of one
+// client more: it depends on when the garbage was last collected.
+func (w *world) inUse(ctx context.Context, n int) (float64, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("the master does not come to have %d clients", n))
+	defer cancel()
+	for {
+		cmd := w.command(filepath.Join(w.b.bin, "muxproxy"), "master", "dump")
+		var out bytes.Buffer
+		cmd.Stdout = &out
+		if _, err := w.finish(ctx, cmd); err != nil {
+			return 0, err
+		}
+		_, text, _ := strings.Cut(out.String(), "\n")
+		line, text, _ := strings.Cut(text, "\n")
+		var heap, stacks int64
+		if _, err := fmt.Sscanf(line, "in use: heap %d, stacks %d bytes", &heap, &stacks); err != nil {
+			return 0, fmt.Errorf("muxproxy master dump: %w", err)
+		}
+		var state struct{ Clients []struct{} }
+		if err := json.NewDecoder(strings.NewReader(text)).Decode(&state); err != nil {
+			return 0, fmt.Errorf("muxproxy master dump: %w", err)
+		}
+		if len(state.Clients) == n {
+			return float64(heap+stacks) / 1024, nil
+		}
+		select {
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }

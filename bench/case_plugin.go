@@ -150,8 +150,12 @@ func (w *world) policy(ctx context.Context, host string) error {
 	if err != nil {
 		return err
 	}
-	text := fmt.Sprintf("master {\n  ssh_config = %q\n}\nplugin \"meter\" {\n  path = %q\n  may = [\"connect\", \"dial\"]\n}\nhost %q {\n  meter {}\n}\n",
-		w.path(confName(pipes)), self, host)
+	return w.writePolicy(ctx, fmt.Sprintf("master {\n  ssh_config = %q\n}\nplugin \"meter\" {\n  path = %q\n  may = [\"connect\", \"dial\"]\n}\nhost %q {\n  meter {}\n}\n",
+		w.path(confName(pipes)), self, host))
+}
+
+// writePolicy puts a policy in force.
+func (w *world) writePolicy(ctx context.Context, text string) error {
 	dir := w.path("config/muxproxy")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -208,7 +212,7 @@ func dialled(ctx context.Context, b *bench) error {
 		if err := w.policy(ctx, "127.0.0.1"); err != nil {
 			return err
 		}
-		address, stop, err := w.forward(ctx, l.Addr().String())
+		address, stop, err := w.forward(ctx, "-L", ":"+l.Addr().String())
 		if err != nil {
 			return err
 		}
@@ -251,15 +255,15 @@ func dialled(ctx context.Context, b *bench) error {
 	})
 }
 
-// forward starts an ssh -N -L to an address, and returns when it listens.
-func (w *world) forward(ctx context.Context, to string) (address string, stop func(), err error) {
+// forward starts an ssh -N with -L or -D, and returns when it listens.
+func (w *world) forward(ctx context.Context, option, to string) (address string, stop func(), err error) {
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", nil, err
 	}
 	address = free.Addr().String()
 	free.Close()
-	p, err := w.start(w.ssh(plain, "-N", "-o", "ExitOnForwardFailure=yes", "-L", address+":"+to, "box"))
+	p, err := w.start(w.ssh(plain, "-N", "-o", "ExitOnForwardFailure=yes", option, address+to, "box"))
 	if err != nil {
 		return "", nil, err
 	}
@@ -271,7 +275,7 @@ func (w *world) forward(ctx context.Context, to string) (address string, stop fu
 		}
 		if time.Now().After(end) || ctx.Err() != nil {
 			p.kill()
-			return "", nil, fmt.Errorf("ssh -L: %w", err)
+			return "", nil, fmt.Errorf("ssh %s: %w", option, err)
 		}
 	}
 }

@@ -24,6 +24,7 @@ var cases = []benchCase{
 	{"echo", "typing beside a download, an upload and an scp at 20 Mbit/s and 40 ms", echo},
 	{"judged", "what a plugin that is asked adds to a shared command", judged},
 	{"dialled", "a plugin's stream through a connection, each way, beside ssh -L", dialled},
+	{"forward", "streams through the plugin forward, each way, beside ssh -L and ssh -D, and the plugin's processor time", standing},
 	{"atonce", "many ssh at once, where the server allows 10 sessions per connection", atOnce},
 	{"memory", "memory of master and bridge, by number of clients", memory},
 	{"growth", "time and memory per client, with few and with many", growth},

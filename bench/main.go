@@ -67,6 +67,8 @@ ratios and whether they meet the goals. Nothing of it stays but the JSON file.`,
 	f.BoolVar(&o.check, "check", false, "exit with 1 if a goal is missed or a case fails")
 	f.BoolVar(&o.markdown, "markdown", false, "print the table as Markdown")
 	f.BoolVar(&o.list, "list", false, "list the cases and leave")
+	cmd.CompletionOptions.DisableDefaultCmd = true
+	cmd.AddCommand(bareCommand())
 	return cmd
 }
 
@@ -150,6 +152,7 @@ func matches(patterns, name string) (bool, error) {
 type bench struct {
 	quick   bool
 	say     *progress
+	self    string // this program
 	bin     string // directory of the programs under test
 	dir     string // holds everything that this run makes
 	sshd    string // its absolute path
@@ -168,14 +171,13 @@ func (b *bench) rounds(full, quick int) int {
 
 // prepare looks for the programs and makes a directory, which the caller removes.
 func (b *bench) prepare(ctx context.Context, bin string) error {
-	if bin == "" {
-		self, err := os.Executable()
-		if err != nil {
-			return err
-		}
-		bin = filepath.Dir(self)
-	}
 	var err error
+	if b.self, err = os.Executable(); err != nil {
+		return err
+	}
+	if bin == "" {
+		bin = filepath.Dir(b.self)
+	}
 	if b.bin, err = filepath.Abs(bin); err != nil {
 		return err
 	}

@@ -172,6 +172,21 @@ func treeCPU(root int) time.Duration {
 	return sum
 }
 
+// onProcessor is how long a process's threads have been on a processor, to the nanosecond (/proc/PID/schedstat). It is 0 of
+// a process that has ended.
+func onProcessor(pid int) time.Duration {
+	var sum time.Duration
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid)) // the pattern is good
+	for _, f := range files {
+		var ns time.Duration
+		if b, err := os.ReadFile(f); err == nil { // else the thread has ended since
+			fmt.Sscan(string(b), &ns)
+		}
+		sum += ns
+	}
+	return sum
+}
+
 // mem is a process's resident memory in KiB: all of it, and with pages that several processes share divided among them.
 // Only root may see the latter of a process that is not dumpable; it is 0 then.
 type mem struct{ rss, pss float64 }

@@ -285,8 +285,12 @@ func (r *report) print(out io.Writer, markdown bool) error {
 		}
 	}
 	m := r.Machine
-	p("%s, %s processors (%s), Linux %s, %s, sshd with %s; load average %s before, %s after.\n\n",
-		r.Date.Format("2006-01-02 15:04 UTC"), m["processors"], m["processor"], m["kernel"], m["muxproxy"], m["ssh"], r.Load[0], r.Load[1])
+	quick := ""
+	if r.Quick {
+		quick = " With --quick: fewer rounds, clients and bytes, so less to rely on."
+	}
+	p("%s, %s processors (%s), Linux %s, %s, sshd with %s; load average %s before, %s after.%s\n\n", r.Date.Format("2006-01-02 15:04 UTC"),
+		m["processors"], m["processor"], m["kernel"], m["muxproxy"], m["ssh"], r.Load[0], r.Load[1], quick)
 	if markdown {
 		p("| %s |\n|%s\n", strings.Join(head, " | "), strings.Repeat(" --- |", len(head)))
 		for _, m := range r.Measures {

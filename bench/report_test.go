@@ -82,6 +82,7 @@ func TestGoals(t *testing.T) {
 
 func TestPrint(t *testing.T) {
 	r := report{
+		Quick:   true,
 		Date:    time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC),
 		Machine: map[string]string{"processors": "2"},
 		Measures: []*measure{{
@@ -102,7 +103,7 @@ func TestPrint(t *testing.T) {
 		if err := r.print(&out, c.markdown); err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range append(c.want, "2026-01-02 03:04 UTC, 2 processors", "other could not be measured: no such luck") {
+		for _, want := range append(c.want, "2026-01-02 03:04 UTC, 2 processors", "With --quick: fewer rounds", "other could not be measured: no such luck") {
 			if !strings.Contains(out.String(), want) {
 				t.Errorf("no %q in\n%s", want, out.String())
 			}
@@ -119,6 +120,15 @@ func TestPrint(t *testing.T) {
 	var back report
 	if err := json.Unmarshal(text, &back); err != nil || len(back.Measures) != 1 || !back.Measures[0].Goal.Met[pipes] {
 		t.Errorf("%+v, %v", back, err)
+	}
+}
+
+func TestOnProcessor(t *testing.T) {
+	if onProcessor(os.Getpid()) <= 0 {
+		t.Error("this process has not run")
+	}
+	if got := onProcessor(1 << 30); got != 0 {
+		t.Errorf("a process that is not there has run for %s", got)
 	}
 }
 

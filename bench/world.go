@@ -134,7 +134,7 @@ func (b *bench) newWorld(ctx context.Context, s setting) (w *world, err error) {
 	if err := w.write("known_hosts", fmt.Sprintf("[127.0.0.1]:%d %s", w.port, ssh.MarshalAuthorizedKey(hostKey))); err != nil {
 		return w, err
 	}
-	for _, way := range allWays {
+	for _, way := range append(slices.Clone(allWays), bare) {
 		if err := w.write(confName(way), w.config(way)); err != nil {
 			return w, err
 		}
@@ -177,7 +177,11 @@ func confName(w way) string {
 
 // config is ssh_config(5) for a way. Its host is "box".
 func (w *world) config(by way) string {
-	c := fmt.Sprintf(`Host box
+	c := ""
+	if by == bare { // of a host key that nobody knows; ssh takes the first value of an option
+		c = "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+	}
+	c += fmt.Sprintf(`Host box
     HostName 127.0.0.1
     Port %d
     User %s
@@ -196,6 +200,8 @@ func (w *world) config(by way) string {
 		c += "    ProxyCommand " + muxproxy + " '%r@%h:%p' '%n'\n" + known
 	case fdpass:
 		c += "    ProxyCommand " + muxproxy + " --fdpass '%r@%h:%p' '%n'\n    ProxyUseFdpass yes\n" + known
+	case bare:
+		c += "    ProxyCommand " + w.b.self + " relay %h:%p %r " + w.path("id") + "\n"
 	}
 	return c
 }

@@ -18,6 +18,8 @@ type link struct {
 	cond     *sync.Cond // told when stalled or closed changes
 	to       string
 	accepted int
+	live     int // that the near end has not closed
+	most     int // of those, ever at once
 	pairs    map[*pair]bool
 	stalled  bool
 	closed   bool
@@ -56,6 +58,13 @@ func (l *link) count() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.accepted
+}
+
+// alive is how many connections the near end has not closed, and how many there ever were at once.
+func (l *link) alive() (now, most int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.live, l.most
 }
 
 // open is how many connections stand now.
@@ -143,12 +152,19 @@ func (l *link) accept() {
 			return
 		}
 		l.pairs[p] = true
+		l.live++
+		l.most = max(l.most, l.live)
 		l.mu.Unlock()
 		l.wg.Add(1)
 		go func() {
 			defer l.wg.Done()
 			var both sync.WaitGroup
-			both.Go(func() { l.pump(p.far, p.near, true) })
+			both.Go(func() {
+				l.pump(p.far, p.near, true)
+				l.mu.Lock()
+				l.live--
+				l.mu.Unlock()
+			})
 			both.Go(func() { l.pump(p.near, p.far, false) })
 			both.Wait()
 			l.mu.Lock()

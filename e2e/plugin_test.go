@@ -10,11 +10,15 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 )
@@ -28,9 +32,17 @@ type judgeBlock struct {
 	Keep time.Duration `hcl:"keep,optional"`
 }
 
-func (*judge) Describe() plugin.Info {
+// name is the judge's, or that of one that misbehaves, as its executable is called.
+func (*judge) name() string {
+	if name := os.Getenv("E2E_PLUGIN"); name != "" {
+		return name
+	}
+	return "judge"
+}
+
+func (j *judge) Describe() plugin.Info {
 	return plugin.Info{
-		Name: "judge", Version: "1", AsksPerson: true, Host: judgeBlock{}, Wants: plugin.Capabilities(),
+		Name: j.name(), Version: "1", AsksPerson: true, Host: judgeBlock{}, Wants: plugin.Capabilities(),
 		Verbs: []plugin.Verb{{Usage: "dial HOST ADDRESS", Doc: "say ping there"}, {Usage: "listen HOST ADDRESS", Doc: "answer one"}},
 	}
 }
@@ -39,7 +51,10 @@ func (j *judge) Configure(_ context.Context, c *plugin.Config) (problems plugin.
 	j.host = c.Host
 	for _, b := range c.Hosts {
 		for i, kind := range b.Value.(*judgeBlock).Deny {
-			if kind == "nonsense" {
+			switch kind {
+			case "crash":
+				os.Exit(3)
+			case "nonsense":
 				problems = append(problems, b.Errorf(plugin.Path{"deny", i}, "there is no kind %q", kind))
 			}
 		}
@@ -49,6 +64,9 @@ func (j *judge) Configure(_ context.Context, c *plugin.Config) (problems plugin.
 
 func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decision {
 	b := r.Block.(*judgeBlock)
+	if j.name() == "silent" {
+		<-ctx.Done()
+	}
 	switch {
 	case slices.Contains(b.Deny, r.Use.Kind):
 		return plugin.Deny("no "+r.Use.Kind+" for "+r.Use.Target.String(), "ask the judge")
@@ -60,10 +78,13 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 }
 
 func (j *judge) Retain(_ context.Context, i *plugin.Idle) time.Time {
-	return time.Now().Add(i.Block.(*judgeBlock).Keep)
+	return time.Now().Add(i.Connection.Block.(*judgeBlock).Keep)
 }
 
 func (j *judge) Observe(ctx context.Context, e plugin.Event) {
+	if j.name() == "stalled" {
+		select {}
+	}
 	target := ""
 	if e.Connection.ID != 0 {
 		target = e.Connection.Target.String()
@@ -103,6 +124,33 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		s.CloseWrite()
 		_, err = io.Copy(stdout, s)
 		return err
+	case "handover":
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		near, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			return err
+		}
+		defer near.Close()
+		far, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		transfer, err := j.host.HandOver(ctx, plugin.Handover{
+			Connection: c.ID, Network: network, Address: what, Data: []byte("ping "), PID: os.Getpid(), Origin: near.LocalAddr().String(),
+		}, far.(*net.TCPConn))
+		far.Close()
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(near, "pong")
+		near.(*net.TCPConn).CloseWrite()
+		_, err = io.Copy(stdout, near)
+		transfer.Wait()
+		return err
 	case "listen":
 		l, err := j.host.Listen(ctx, c.ID, network, what)
 		if err != nil {
@@ -123,6 +171,11 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		return j.host.Close(ctx, c.ID)
 	}
 	return fmt.Errorf("no verb %q", verb)
+}
+
+// judgedFor is judged for other hosts.
+func judgedFor(hosts, may, block string) string {
+	return strings.Replace(judged(may, block), `"127.0.0.1"`, hosts, 1)
 }
 
 // judged is a policy with the judge, whose capabilities and block are given.
@@ -192,7 +245,7 @@ func TestAPluginJudges(t *testing.T) {
 			judged("[]", `    dney = ["exec"]`):                  `config.hcl:7:5: unknown attribute "dney" in judge; did you mean "deny"?`,
 			judged("[]", `    deny = ["nonsense"]`):              `config.hcl:7:13: judge: there is no kind "nonsense"`,
 			"plugin \"gone\" {\n  path = \"/no/such/file\"\n}\n": "config.hcl:1:1: gone: ",
-			"host \"*\" {\n  confrim {}\n}\n":                    "config.hcl:2:3: confrim: there is no muxproxy-plugin-confrim in ",
+			"host \"*\" {\n  confrim {}\n}\n":                    `config.hcl:2:3: confrim: did you mean "confirm"? there is no muxproxy-plugin-confrim in `,
 		} {
 			w.policy(text)
 			if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, line) {
@@ -324,33 +377,64 @@ func TestAPluginKeepsConnections(t *testing.T) {
 	})
 }
 
+// echo is the address of a server that sends back what it gets. It ends with the test.
+func (w *world) echo(network, address string) string {
+	w.t.Helper()
+	l, err := net.Listen(network, address)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				io.Copy(struct{ io.Writer }{c}, c)
+				c.Close()
+			}()
+		}
+	}()
+	return l.Addr().String()
+}
+
+// half is the address of a server that sends half of an answer and no more.
+func (w *world) half() string {
+	w.t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	done := make(chan struct{})
+	w.t.Cleanup(func() {
+		close(done)
+		l.Close()
+	})
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				fmt.Fprint(c, "half")
+				<-done
+				c.Close()
+			}()
+		}
+	}()
+	return l.Addr().String()
+}
+
 // What plugins do through the master, with the capability and without.
 func TestAPluginActs(t *testing.T) {
 	if !muxproxyOnly(t) {
 		return
 	}
 	forPipes(t, func(t *testing.T, w *world) {
-		echo := func(network, address string) net.Listener {
-			l, err := net.Listen(network, address)
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { l.Close() })
-			go func() {
-				for {
-					c, err := l.Accept()
-					if err != nil {
-						return
-					}
-					go func() {
-						io.Copy(struct{ io.Writer }{c}, c)
-						c.Close()
-					}()
-				}
-			}()
-			return l
-		}
-		tcp, unix := echo("tcp", "127.0.0.1:0").Addr().String(), echo("unix", w.path("echo.sock")).Addr().String()
+		tcp, unix := w.echo("tcp", "127.0.0.1:0"), w.echo("unix", w.path("echo.sock"))
 		config := "master {\n  ssh_config = \"" + w.conf + "\"\n}\n"
 		w.policy(config + judged(`["connect", "dial", "listen", "notify", "close"]`, ""))
 		if r := w.mux("master", "start"); r.status != 0 {
@@ -409,6 +493,99 @@ func TestAPluginActs(t *testing.T) {
 	})
 }
 
+// What a plugin has the master do is judged as the plugin's, and goes the way that a client's would.
+func TestWhatAPluginDoesIsJudged(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		h := newHops(w, 3)
+		port := strings.Fields(strings.SplitN(h.lines[2], "Port ", 2)[1])[0]
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		echo := w.echo("tcp", "127.0.0.1:0")
+		config := func(more string) string {
+			return "master {\n  ssh_config = \"" + h.config("via.conf", nil) + "\"\n}\n" +
+				judged(`["connect", "dial", "listen", "close"]`, "") + fmt.Sprintf(
+				"host \"127.0.0.1\" {\n  via = host.port == %s ? [\"hop1\", \"hop2\"] : []\n%s\n}\n", port, more)
+		}
+		w.policy(config(""))
+		if r := w.mux("master", "start"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		want(t, w.mux("judge", "dial", "hop3", echo), 0, "ping")
+		h.count(1, 1, 1) // not around the jump hosts
+		for what, c := range map[string]struct{ lines, why string }{
+			"not shared": {"share = host.port != " + port, "policy does not share connections to 127.0.0.1:" + port},
+			"a jump": {"deny {\n when = use.kind == \"jump\" && use.port == " + port + "\n reason = \"no way\"\n}",
+				"denied by policy: no way"},
+			"the caller": {fmt.Sprintf("deny {\n when = client.exe == %q && use.kind == \"attach\"\n reason = \"no plugins\"\n}", exe),
+				"denied by policy: no plugins"},
+		} {
+			w.reload(config(""))
+			want(t, w.mux("judge", "close", "hop3", "now"), 0, "")
+			w.reload(config(c.lines))
+			if r := w.mux("judge", "dial", "hop3", echo); r.status != 1 || !strings.Contains(r.err, c.why) {
+				t.Errorf("%s: %+v", what, r)
+			}
+		}
+		w.reload(config(""))
+
+		// What is cut off does not look complete.
+		want(t, w.mux("judge", "handover", "hop1", echo), 0, "ping pong")
+		half := w.half()
+		cut := w.start(spec{args: []string{binDir + "/muxproxy", "judge", "handover", "hop1", half}})
+		if _, ok := cut.out.expect("half", patience); !ok {
+			t.Fatalf("nothing comes: %s", cut.err)
+		}
+		h.links[0].cut()
+		if r := cut.wait(patience); r.status != 1 || !strings.Contains(r.err, "connection reset by peer") {
+			t.Errorf("cut off: %+v", r)
+		}
+
+		// The lock stops new connections of a standing forward.
+		p := w.start(spec{args: []string{binDir + "/muxproxy", "judge", "listen", "hop1", "127.0.0.1:0"}})
+		address, ok := p.out.expect("\n", patience)
+		if !ok {
+			t.Fatalf("no address: %s", p.err)
+		}
+		say := func() string {
+			t.Helper()
+			c, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(patience))
+			fmt.Fprint(c, "hello")
+			c.(*net.TCPConn).CloseWrite()
+			got, _ := io.ReadAll(c) // the lock's refusal can be a reset
+			return string(got)
+		}
+		if r := w.mux("lock"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := say(); got != "" {
+			t.Errorf("locked: %q", got)
+		}
+		if r := w.mux("judge", "dial", "hop1", echo); r.status == 0 || !strings.Contains(r.err, "denied by lock") {
+			t.Errorf("locked: %+v", r)
+		}
+		if r := w.mux("unlock"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := say(); got != "hello" {
+			t.Errorf("unlocked: %q", got)
+		}
+		if r := p.wait(patience); r.status != 0 {
+			t.Errorf("%+v", r)
+		}
+		eventually(t, "nothing holds the connections any more", func() bool { return len(w.mustStatus().Upstreams) == 0 })
+	})
+}
+
 // A master that is killed takes its plugins along.
 func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 	if !muxproxyOnly(t) {
@@ -421,5 +598,293 @@ func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 		kill9(w.mustStatus().PID)
 		eventually(t, "the plugin is gone", func() bool { return gone(pid) })
 		want(t, w.ssh("box", "echo again"), 0, "again\n")
+	})
+}
+
+// The examples do their job.
+func TestTheExamples(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		dir := w.path("home/.local/share/muxproxy/plugins")
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{
+			{"go", "build", "-buildvcs=false", "-o", dir + "/muxproxy-plugin-officehours", "../examples/officehours"},
+			{"../examples/auditlog/generate", dir},
+			{"install", "-m", "755", "../examples/auditlog/muxproxy-plugin-auditlog", dir},
+		} {
+			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+				t.Fatalf("%q: %v\n%s", args, err, out)
+			}
+		}
+		from, to := "13:00", "14:00"
+		if time.Now().Hour() >= 12 {
+			from, to = "01:00", "02:00"
+		}
+		w.policy(fmt.Sprintf(`
+plugin "auditlog" {
+  may  = ["observe"]
+  file = %q
+}
+host "127.0.0.1" {
+  officehours {
+    from  = %q
+    to    = %q
+    kinds = ["shell"]
+  }
+  auditlog {}
+}
+`, w.path("uses.jsonl"), from, to))
+		if r := w.mux("config", "check"); r.status != 0 {
+			t.Errorf("config check: %+v", r)
+		}
+		want(t, w.ssh("box", "echo a command"), 0, "a command\n")
+		r := w.ssh("box")
+		if want(t, r, 255, ""); !strings.Contains(r.err, "denied by officehours: it is ") ||
+			!strings.Contains(r.err, "; come back between "+from+" and "+to) {
+			t.Errorf("stderr %q", r.err)
+		}
+		for _, p := range w.plugins() {
+			if p.State != "up" {
+				t.Errorf("%+v", p)
+			}
+		}
+		type line struct {
+			Event, Use, Host, User, Program, By, Result string
+			Allowed                                     bool
+		}
+		wanted := []line{
+			{Event: "decision", Use: "exec", Host: "127.0.0.1", User: me, Program: "echo", Allowed: true},
+			{Event: "end", Use: "exec", Host: "127.0.0.1", User: me, Program: "echo", Result: "exit"},
+			{Event: "decision", Use: "shell", Host: "127.0.0.1", User: me, By: "officehours"},
+		}
+		eventually(t, "the uses are in the file", func() bool {
+			b, err := os.ReadFile(w.path("uses.jsonl"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			missing := slices.Clone(wanted)
+			for text := range strings.Lines(string(b)) {
+				var l line
+				if json.Unmarshal([]byte(text), &l) != nil {
+					return false // it is still being written
+				}
+				missing = slices.DeleteFunc(missing, func(o line) bool { return o == l })
+			}
+			return len(missing) == 0
+		})
+		if r := w.mux("auditlog", "1"); r.status != 0 || strings.Count(r.out, "\n") != 1 || !strings.HasPrefix(r.out, `{"time": "`) {
+			t.Errorf("muxproxy auditlog: %+v", r)
+		}
+		want(t, w.mux("auditlog", "many"), 2, "")
+		w.policy(strings.Replace(w.read("config/muxproxy/config.hcl"), `to    = "`+to, `to    = "00:30`, 1))
+		if r := w.mux("master", "reload"); r.status != 1 ||
+			!strings.Contains(r.err, `config.hcl:9:13: officehours: the day is over at 00:30, before it begins at `+from) {
+			t.Errorf("reload: %+v", r)
+		}
+	})
+}
+
+// A master that drains and the one after it have plugins each, and neither is in the other's way.
+func TestTwoMastersHavePlugins(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		config := "master {\n  ssh_config = \"" + w.conf + "\"\n}\n" + judged(`["connect", "dial"]`, `    deny = ["shell"]`)
+		w.policy(config)
+		echo := w.echo("tcp", "127.0.0.1:0")
+		held := w.hold()
+		old := w.mustStatus().PID
+		if r := w.mux("master", "stop", "--drain"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		want(t, w.ssh("box", "echo next"), 0, "next\n")
+		if w.mustStatus().PID == old {
+			t.Fatal("no other master has come")
+		}
+		judges := func(when string) {
+			t.Helper()
+			if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: no shell") {
+				t.Errorf("%s: %+v", when, r)
+			}
+			want(t, w.mux("judge", "dial", "box", echo), 0, "ping")
+		}
+		judges("beside the old master")
+		held.release()
+		eventually(t, "the old master has ended", func() bool { return gone(old) })
+		judges("after the old master")
+		p := w.plugins()[0]
+		if p.State != "up" {
+			t.Fatalf("%+v", p)
+		}
+		kill9(p.PID)
+		eventually(t, "the plugin is started again", func() bool { q := w.plugins()[0]; return q.State == "up" && q.PID != p.PID })
+		judges("after a crash")
+	})
+}
+
+// A plugin that can't be started, or does not take its configuration, denies what its blocks cover. It keeps no master
+// from starting, nor from being told what to do, and is tried again.
+func TestAPluginThatDoesNotStart(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		script := w.write("mute", "#!/bin/sh\nexec sleep 3600\n")
+		if err := os.Chmod(script, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		policy := judgedFor(`"127.0.0.1"`, "[]", `    when = use.kind == "shell"`)
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		mute := strings.Replace(policy, exe, script, 1)
+		// Another one has its job, and goes on with it.
+		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", `    deny = ["shell"]`))
+		if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: no shell") {
+			t.Errorf("beside one that does not answer: %+v", r)
+		}
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		for what, text := range map[string]string{
+			"no answer": mute, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
+		} {
+			w.policy(text)
+			if r := w.ssh("box", "echo others"); r.status != 0 || r.out != "others\n" {
+				t.Errorf("%s: others: %+v", what, r)
+			}
+			if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: the plugin failed") {
+				t.Errorf("%s: %+v", what, r)
+			}
+			if r := w.mux("master", "stop"); r.status != 0 {
+				t.Fatalf("%s: %+v", what, r)
+			}
+		}
+		// It covers all hosts, also the one that commands without a host are about.
+		w.policy(strings.Replace(judgedFor(`"*"`, "[]", ""), exe, script, 1))
+		if r := w.ssh("box", "true"); r.status != 255 || !strings.Contains(r.err, "denied by judge: the plugin failed") {
+			t.Errorf("%+v", r)
+		}
+		w.reload(judgedFor(`"*"`, "[]", ""))
+		want(t, w.ssh("box", "echo better"), 0, "better\n")
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		// The executable comes later; nobody has to say so.
+		late := w.path("late")
+		w.policy(strings.Replace(judgedFor(`"*"`, "[]", ""), exe, late, 1))
+		if r := w.ssh("box", "true"); r.status != 255 {
+			t.Errorf("%+v", r)
+		}
+		if err := os.Symlink(exe, late); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the plugin is there, and judges", func() bool { return w.ssh("box", "true").status == 0 })
+	})
+}
+
+// Plugins that misbehave, each in its way, harm nobody but the uses that they judge, and nothing is left of them.
+func TestMisbehavedPlugins(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := w.path("home/.local/share/muxproxy/plugins")
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		play := func(name, before string) {
+			script := fmt.Sprintf("#!/bin/sh\n%s\nE2E_PLUGIN=%s exec %s\n", before, name, exe)
+			if err := os.WriteFile(dir+"/muxproxy-plugin-"+name, []byte(script), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		play("silent", "")
+		play("stalled", "")
+		play("junk", `printf '{"@message": 1}\n{"level":"panic","message":"bye"}\n\000\377\n' >&2; head -c 100000 /dev/zero >&2`)
+		play("forks", "sleep 3600 & sleep 3600 &")
+		play("crashes", "")
+		play("mute", "exec sleep 3600")
+		play("garbage", "echo hello; exec sleep 3600")
+		play("wrong", "echo '1|99|unix|/nowhere|grpc'; exec sleep 3600")
+		play("stubborn", "trap '' TERM INT HUP; sh -c 'trap \"\" TERM INT HUP; sleep 3600' &")
+		w.policy(`plugin "stalled" {
+  may = ["observe"]
+}
+host "127.0.0.1" {
+  silent { when = use.kind == "shell" }
+  stalled {}
+  junk {}
+  forks {}
+  stubborn {}
+  crashes {
+    deny = ["crash"]
+    when = use.kind == "subsystem"
+  }
+  mute { when = use.kind == "local-forward" }
+  garbage { when = use.kind == "local-forward" }
+  wrong { when = use.kind == "local-forward" }
+}
+`)
+		held := w.hold()
+		master := w.mustStatus().PID
+		group := map[int]bool{}
+		for _, p := range w.plugins() {
+			if p.PID > 0 {
+				group[p.PID] = true
+			}
+		}
+		fds := len(w.fds(master))
+		for range 3 {
+			want(t, w.ssh("box", "echo others"), 0, "others\n")
+		}
+		for use, by := range map[string]string{"": "silent", "-W127.0.0.1:1": "garbage", "-s": "crashes"} {
+			args := []string{"box"}
+			switch use {
+			case "-s":
+				args = []string{"-s", "box", "sftp"}
+			case "":
+			default:
+				args = []string{use, "box"}
+			}
+			if r := w.ssh(args...); r.status != 255 || !strings.Contains(r.err, "denied by ") || !strings.Contains(r.err, "the plugin failed") {
+				t.Errorf("%s: %+v", by, r)
+			}
+		}
+		held.echo("lives on")
+		held.release()
+		for _, line := range []string{"config.hcl:16:3: wrong: ", "speaks version 99 of the plugin protocol"} {
+			if !strings.Contains(w.masterLog(), line) {
+				t.Errorf("the log has no %q", line)
+			}
+		}
+		eventually(t, "between two tries to start some of them the master has no more descriptors than before", func() bool {
+			return len(w.fds(master)) <= fds
+		})
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		eventually(t, "the master has ended", func() bool { return gone(master) })
+		eventually(t, "no process of a plugin is left", func() bool {
+			for pid := range processes() {
+				if id, err := unix.Getsid(pid); err == nil && group[id] {
+					return false
+				}
+			}
+			return true
+		})
+		if left, _ := filepath.Glob(w.path("run/muxproxy/plugins*")); len(left) > 0 {
+			t.Errorf("left: %q", left)
+		}
 	})
 }

@@ -21,12 +21,7 @@ import (
 const rekeyTime = 4 * time.Minute
 
 // both is how many bytes go each way at the same time.
-func both() int64 {
-	if bigMode {
-		return 176 << 20 // the six cases below carry 2 GiB
-	}
-	return 16 << 20
-}
+const both = 16 << 20
 
 // sumOf hashes what a pipe brings until its other end is closed.
 func sumOf(r io.Reader) <-chan string {
@@ -49,10 +44,11 @@ func TestRekeyWithBulkBothWays(t *testing.T) {
 	for _, c := range []struct {
 		name        string
 		sshd, local bool
+		big         int64 // bytes each way with E2E_BIG=1
 	}{
-		{"sshd", true, false},
-		{"ssh", false, true},
-		{"both", true, true},
+		{"sshd", true, false, 128 << 20},
+		{"ssh", false, true, 128 << 20},
+		{"both", true, true, 1 << 30}, // 2 GiB on each of one client's two connections
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			server := []string{"LogLevel DEBUG1"}
@@ -64,7 +60,11 @@ func TestRekeyWithBulkBothWays(t *testing.T) {
 				if c.local {
 					args = append(args, "-o", limit)
 				}
-				in, inSum := random(both())
+				size := int64(both)
+				if bigMode {
+					size = c.big
+				}
+				in, inSum := random(size)
 				r, out, err := os.Pipe()
 				if err != nil {
 					t.Fatal(err)
@@ -82,7 +82,7 @@ func TestRekeyWithBulkBothWays(t *testing.T) {
 					t.Errorf("status %d, the bytes are the same: %v; stderr:\n%s", res.status, got == inSum, tail(res.err))
 				}
 				// Each side counts the bytes of both directions apart, so one in 2 MiB is what there is at least.
-				least := int(both() >> 21)
+				least := int(size >> 21)
 				for _, leg := range []struct {
 					name  string
 					log   string
@@ -155,7 +155,7 @@ func TestRekeyOfAnotherClientWithBulkBothWays(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sent, sum := random(both())
+		sent, sum := random(both)
 		r, back := io.Pipe()
 		got := sumOf(r)
 		session.Stdin, session.Stdout = sent, back
@@ -169,7 +169,7 @@ func TestRekeyOfAnotherClientWithBulkBothWays(t *testing.T) {
 		client.Close()
 		client.Wait()
 		t.Logf("%d key exchanges in %v", exchanges, took)
-		if exchanges < int(both()>>21) {
+		if exchanges < both>>21 {
 			t.Errorf("%d key exchanges", exchanges)
 		}
 	})

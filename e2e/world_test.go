@@ -347,6 +347,7 @@ func (w *world) stopMaster() {
 type status struct {
 	PID       int    `json:"pid"`
 	Sockets   string `json:"sockets"`
+	Draining  bool   `json:"draining"`
 	Upstreams []struct {
 		ID       uint64 `json:"id"`
 		Target   string `json:"target"`
@@ -358,6 +359,8 @@ type status struct {
 		Sessions int    `json:"sessions"`
 		Most     int    `json:"max_sessions"`
 		Suspect  bool   `json:"suspect"`
+
+		KeptUntil time.Time `json:"kept_until"`
 	} `json:"upstreams"`
 	Clients []struct {
 		ID       uint64 `json:"id"`

@@ -5,10 +5,17 @@ import (
 	"slices"
 
 	"github.com/muxproxy/muxproxy/core/plugin"
+	"github.com/muxproxy/muxproxy/plugins/confirm"
+	"github.com/muxproxy/muxproxy/plugins/forward"
+	"github.com/muxproxy/muxproxy/plugins/persist"
 )
 
 // builtIns are the plugins that this program is when it is started as "muxproxyd plugin NAME" by a master.
-var builtIns = map[string]func() plugin.Plugin{}
+var builtIns = map[string]func() plugin.Plugin{
+	"confirm": confirm.New,
+	"forward": forward.New,
+	"persist": persist.New,
+}
 
 // builtInNames are their names, sorted.
 func builtInNames() []string { return slices.Sorted(maps.Keys(builtIns)) }

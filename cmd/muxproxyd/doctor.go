@@ -15,6 +15,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/sshconfig"
+	"github.com/muxproxy/muxproxy/plugins/confirm"
 )
 
 func newDoctor(a *app) *cobra.Command {
@@ -75,7 +76,7 @@ func runDoctor(ctx context.Context, a *app, host, config string, asJSON bool) er
 	}
 	o := doctor.Options{
 		Dirs: dirs, Getenv: a.getenv, Home: names.Home, Host: host, Version: readVersion().Version, Self: a.exe,
-		Connect: a.connect, Alive: alive,
+		CanAsk: confirm.Ready, Connect: a.connect,
 	}
 	if host != "" {
 		if o.Target, err = master.ParseHost(host); err != nil {

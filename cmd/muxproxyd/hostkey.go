@@ -30,7 +30,7 @@ see a plain key. All keys are new at each start of the master.`,
 
 func runHostKey(ctx context.Context, a *app, fingerprint bool) error {
 	return a.withMaster(ctx, func(m *control.Master) error {
-		plain, ca, err := m.HostKeys(ctx)
+		plain, ca, err := m.HostKeys(ctx, false)
 		if err != nil {
 			return err
 		}

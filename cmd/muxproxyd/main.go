@@ -105,10 +105,9 @@ func newRoot(a *app) *cobra.Command {
 		Long: `muxproxy shares SSH connections between ssh, scp, sftp, rsync, git and whatever
 else runs ssh.
 
-ssh itself starts it as ProxyCommand: "muxproxy setup" leads it there, and
-"muxproxy doctor" says what is wrong. MUXPROXY_BYPASS=1 in the environment goes
-without it.`,
-		Example:       "  muxproxy status\n  muxproxy close db.example.com",
+ssh itself starts it as ProxyCommand, once "muxproxy setup" has led it here.
+MUXPROXY_BYPASS=1 in the environment goes without it.`,
+		Example:       "  muxproxy setup\n  muxproxy doctor db.example.com\n  muxproxy status",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.ArbitraryArgs,
@@ -143,7 +142,7 @@ without it.`,
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.AddCommand(
-		newStatus(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
+		newStatus(a), newConnect(a), newClose(a), newDrain(a), newExists(a), newMaster(a), newLog(a), newHostKey(a), newVersion(a),
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
 		newSetup(a), newDoctor(a),
 	)

@@ -7,14 +7,11 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -144,6 +141,7 @@ func (f *fakeMaster) Stop(_ context.Context, _ use.Caller, drain bool) error {
 	}
 	return err
 }
+func (f *fakeMaster) Restart(context.Context, use.Caller) (int, error) { return 77, f.call("restart") }
 func (f *fakeMaster) Reload(context.Context, use.Caller, bool) (control.Reloaded, error) {
 	return f.reloaded, f.call("reload")
 }
@@ -156,7 +154,7 @@ func (f *fakeMaster) Unlock(_ context.Context, _ use.Caller, passphrase []byte) 
 	}
 	return f.left, f.call("unlock " + string(passphrase))
 }
-func (f *fakeMaster) HostKeys() (plain, ca []string) {
+func (f *fakeMaster) HostKeys(bool) (plain, ca []string) {
 	return []string{plainKey}, []string{caKey}
 }
 func (f *fakeMaster) Dump() string { return "goroutine 1:\n\tmain.main()\x1b\n" }
@@ -200,6 +198,12 @@ func busy() control.Status {
 				Clients: 1, Channels: 1, In: 1 << 50, Out: 1023, Sessions: 100, MaxSessions: 100},
 			{ID: 13, Target: "bob@[2001:db8::1]:22", Lane: "interactive", State: "dialling", Since: noon.Add(time.Second)},
 			{ID: 14, Target: "git@h:22", Lane: "agent", State: "up", Since: noon, Suspect: true},
+			{ID: 15, Target: "git@h:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(3 * time.Minute),
+				KeptUntil: noon.Add(7 * time.Minute)},
+			{ID: 16, Target: "me@kept:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Minute),
+				KeptUntil: noon.Add(30 * time.Hour)},
+			{ID: 17, Target: "me@ever:22", Lane: "interactive", State: "up", Since: ago(time.Hour), IdleSince: ago(time.Second),
+				KeptUntil: time.Date(9999, 12, 31, 0, 0, 0, 0, time.UTC)},
 		},
 		Clients: []control.Client{
 			{ID: 7, Target: "alice@db.example.com:22", Alias: "db", Upstream: 1, Mode: "fds", Since: ago(3 * time.Minute),
@@ -728,36 +732,5 @@ func TestLogFollow(t *testing.T) {
 	cancel()
 	if status := <-done; status != exitYes {
 		t.Errorf("status %d", status)
-	}
-}
-
-func TestAlive(t *testing.T) {
-	if !alive(os.Getpid()) {
-		t.Error("this process is not alive")
-	}
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(exe, "-test.run=^$")
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0") // the race detector would wait for a second
-	in, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(io.Discard, in); err != nil {
-		t.Fatal(err)
-	}
-	for runtime.GOOS == "linux" && alive(cmd.Process.Pid) { // ends though nobody has waited for the process yet
-		runtime.Gosched()
-	}
-	if err := cmd.Wait(); err != nil {
-		t.Fatal(err)
-	}
-	if alive(cmd.Process.Pid) || alive(0) {
-		t.Error("a process that has ended is alive")
 	}
 }

@@ -71,6 +71,16 @@ connections.`,
 			RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterStart(cmd.Context(), a) },
 		},
 		stop,
+		&cobra.Command{
+			Use:   "restart",
+			Short: "have the program that is installed now take over",
+			Long: `Starts the muxproxyd that is installed now, which takes the sockets, so that no
+ssh notices. The master that runs keeps its sessions and ends with the last one.
+What "muxproxy lock" has locked stays so; what plugins have granted ends.`,
+			Example: "  muxproxy master restart",
+			Args:    cobra.NoArgs,
+			RunE:    func(cmd *cobra.Command, _ []string) error { return runMasterRestart(cmd.Context(), a) },
+		},
 		reload,
 		&cobra.Command{
 			Use:   "dump",
@@ -93,6 +103,9 @@ func runMaster(ctx context.Context, a *app) error {
 	// small as a master's. Every packet is an allocation in x/crypto/ssh. More would put off what is memory until then.
 	ballast := make([]byte, 4<<20)
 	defer runtime.KeepAlive(ballast)
+	// The other half is for the clients' own ssh, which have as much to do. A packet passes three goroutines of x/crypto/ssh;
+	// where each has a processor that waits for work, they hand over one packet at a time, and wake each other for it.
+	runtime.GOMAXPROCS((runtime.GOMAXPROCS(0) + 1) / 2)
 	hangup := make(chan os.Signal, 1) // also from a terminal that it was started on, which does no harm
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -117,10 +130,23 @@ func runMaster(ctx context.Context, a *app) error {
 	if err == nil {
 		dirs, err = paths.Find(a.getenv)
 	}
+	var sockets master.Sockets
+	if err == nil {
+		sockets, err = passedSockets()
+	}
+	systemd := os.Getenv("NOTIFY_SOCKET") // for the master after this one
 	if err == nil {
 		err = master.Run(ctx, master.Options{
 			Dirs: dirs, Log: log, Version: readVersion().Version, Getenv: a.getenv,
-			Ready: func() { notify(true, daemon.SdNotifyReady) }, LogLevel: level, Hangup: hangup, BuiltIn: builtInNames(),
+			Ready: func() { notify(true, fmt.Sprintf("%s\nMAINPID=%d", daemon.SdNotifyReady, os.Getpid())) }, LogLevel: level, Hangup: hangup, BuiltIn: builtInNames(),
+			Sockets: sockets,
+			Handover: func(dir string, names []string, kept bool) []string {
+				env := handover(dir, names, kept)
+				if _, err := os.Stat(systemd); err == nil { // a bridge's is gone by now
+					env = append(env, "NOTIFY_SOCKET="+systemd)
+				}
+				return env
+			},
 		})
 	}
 	if err != nil {
@@ -170,6 +196,33 @@ func runMasterStop(ctx context.Context, a *app, drain bool) error {
 	})
 }
 
+func runMasterRestart(ctx context.Context, a *app) error {
+	var old control.Status
+	var pid int
+	err := a.withMaster(ctx, func(m *control.Master) (err error) {
+		if old, err = m.Status(ctx); err == nil {
+			pid, err = m.Restart(ctx)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	// The socket is the new one's by now, which answers when it is ready.
+	err = a.withMaster(ctx, func(m *control.Master) error {
+		s, err := m.Status(ctx)
+		if err == nil && s.PID != pid {
+			err = fmt.Errorf("the master that answers is another one, pid %d", s.PID)
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("the new master, pid %d, did not take over: %w; see `muxproxy log`", pid, err)
+	}
+	_, err = fmt.Fprintf(a.stdout, "the master, pid %d, has taken over; the one before, pid %d, ends with its last session\n", pid, old.PID)
+	return err
+}
+
 // stopNow ends a master and returns when its process has ended.
 func stopNow(ctx context.Context, m *control.Master, pid int) error {
 	// A master that goes at once may be gone before it has answered.
@@ -196,7 +249,7 @@ func waitForEnd(ctx context.Context, m *control.Master, pid int) error {
 	}
 	t := time.NewTicker(10 * time.Millisecond)
 	defer t.Stop()
-	for alive(pid) {
+	for paths.Alive(pid) {
 		select {
 		case <-t.C:
 		case <-ctx.Done():

@@ -216,19 +216,28 @@ func newDeny(a *app) *cobra.Command {
 	}
 }
 
-// runVerb runs a command that a plugin brings, if one does.
+// runVerb runs a command that a plugin brings, if one does. A built-in plugin that does not run is named, for it could.
 func runVerb(ctx context.Context, a *app, name string, args []string) (found bool, err error) {
-	m, err := a.connect(ctx)
-	if err != nil {
-		return false, nil // without a master there is no such command
+	builtIn := false
+	if construct := builtIns[name]; construct != nil {
+		_, builtIn = construct().(plugin.Commander)
 	}
-	defer m.Disconnect()
-	status, err := m.RunPlugin(ctx, name, args, a.stdout, a.stderr)
+	connected := false
+	err = a.withMaster(ctx, func(m *control.Master) error {
+		connected = true
+		status, err := m.RunPlugin(ctx, name, args, a.stdout, a.stderr)
+		if err == nil && status != exitYes {
+			err = &statusError{status: status}
+		}
+		return err
+	})
 	switch {
+	case !connected:
+		return builtIn, err // without a master there is no command of another plugin
+	case errors.Is(err, control.ErrNoCommand) && builtIn:
+		return true, no("the plugin %s does not run: no host block of the policy has %s { ... }, or `muxproxy plugin list` says why", name, name)
 	case errors.Is(err, control.ErrNoCommand):
 		return false, nil
-	case err == nil && status != exitYes:
-		err = &statusError{status: status}
 	}
 	return true, err
 }

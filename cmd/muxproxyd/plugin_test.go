@@ -132,7 +132,10 @@ func TestNoPlugins(t *testing.T) {
 			t.Errorf("%q: status %d, %q, %q", args, status, stdout, stderr)
 		}
 	}
-	if status, _, stderr := w.run("confirm"); status != exitUsage || !strings.Contains(stderr, "unknown command") {
+	if status, _, stderr := w.run("judge"); status != exitUsage || !strings.Contains(stderr, "unknown command") {
+		t.Errorf("status %d, %q", status, stderr)
+	}
+	if status, _, stderr := w.run("forward", "list"); status != exitNo || !strings.Contains(stderr, "the plugin forward does not run: no host block of the policy has forward { ... }") {
 		t.Errorf("status %d, %q", status, stderr)
 	}
 }

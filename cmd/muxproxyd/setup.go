@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -79,6 +80,10 @@ func runSetup(ctx context.Context, a *app, f setupFlags) error {
 	}
 	var plan *setup.Plan
 	if f.undo {
+		if systemdListens(ctx) {
+			return errors.New("systemd listens for the master and would start it again; " +
+				"first `systemctl --user disable --now muxproxy.socket`")
+		}
 		m, err := a.connect(ctx)
 		switch {
 		case err == nil:
@@ -198,6 +203,16 @@ func (a *app) program() (string, error) {
 	return program, nil
 }
 
+// systemctlTime bounds a question to systemd.
+const systemctlTime = 5 * time.Second
+
+// systemdListens reports whether the user's systemd holds the sockets.
+func systemdListens(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, systemctlTime)
+	defer cancel()
+	return exec.CommandContext(ctx, "systemctl", "--user", "--quiet", "is-active", "muxproxy.socket").Run() == nil
+}
+
 // running is what undoing has to know of the master, and do with it.
 func running(ctx context.Context, m *control.Master) (*setup.Running, error) {
 	s, err := m.Status(ctx)
@@ -262,12 +277,16 @@ func (a *app) setupDone(ctx context.Context, o setup.Options, undone, changed bo
 		if o.Config != "" {
 			file = "-F " + use.Printable(o.Config) + " "
 		}
-		text += fmt.Sprintf(`: ssh -G says that %s goes through muxproxy. Next:
-  ssh %[2]sHOST               in two terminals: the second needs no login
-  muxproxy status             what is shared, and by whom
-  muxproxy doctor %[2]sHOST   if something is amiss
-  muxproxy setup %[2]s--undo  takes it away again
-`, use.Printable(host), file)
+		text += fmt.Sprintf(": ssh -G says that %s goes through muxproxy. Next:\n", use.Printable(host))
+		next := [][2]string{
+			{"ssh " + file + "HOST", "in two terminals: the second needs no login"},
+			{"muxproxy status", "what is shared, and by whom"},
+			{"muxproxy doctor " + file + "HOST", "if something is amiss"},
+			{"muxproxy setup " + file + "--undo", "takes it away again"},
+		}
+		for _, n := range next {
+			text += fmt.Sprintf("  %-*s  %s\n", len(next[3][0]), n[0], n[1])
+		}
 	}
 	_, err := io.WriteString(a.stdout, text)
 	return err

@@ -107,6 +107,26 @@ func TestSetup(t *testing.T) {
 	want(exitFailed, "", "run setup as the user whose ssh it is for, without sudo", "--dry-run")
 }
 
+// With systemd's sockets, whoever asked for the master would start it again.
+func TestUndoWithSystemd(t *testing.T) {
+	w, config := setupWorld(t)
+	dir := filepath.Join(w.env["HOME"], "path")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	script := "#!/bin/sh\n[ \"$*\" = '--user --quiet is-active muxproxy.socket' ]\n"
+	if err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	m := &fakeMaster{}
+	w.serve(m)
+	status, _, stderr := w.run("setup", "--undo", "-F", config, "-y")
+	if status != exitFailed || !strings.Contains(stderr, "first `systemctl --user disable --now muxproxy.socket`") || m.called() != "" {
+		t.Errorf("status %d, %s, calls %s", status, stderr, m.called())
+	}
+}
+
 // What would keep ssh from working altogether is taken back.
 func TestSetupTakesBack(t *testing.T) {
 	w, config := setupWorld(t)

@@ -24,7 +24,8 @@ func newStatus(a *app) *cobra.Command {
 		Long: `Shows the upstream connections, and for each local client what started it and
 its channels, with the connection that each is on. SESSIONS counts those that
 are open, one kept in advance among them, against what the server was found to
-allow. A connection is silent if its server gave no sign of life when asked.
+allow. A connection is silent if its server gave no sign of life when asked;
+one without clients says how long it is kept.
 IN counts bytes towards the remote host, OUT bytes from it. Ends with 1 if no
 master runs.
 
@@ -239,6 +240,9 @@ func (p *page) upstreams(l look) {
 		default:
 			p.text(5, yellow, kex+", not post-quantum")
 		}
+		if !u.KeptUntil.IsZero() {
+			p.text(5, "", fmt.Sprintf("no clients for %s, %s", age(u.IdleSince, l.at), kept(u.KeptUntil, l.at)))
+		}
 	}
 }
 
@@ -282,6 +286,17 @@ func (p *page) clients(l look) {
 				right(age(ch.Since, l.at), 6))
 		}
 	}
+}
+
+// kept says how long a connection without clients stays.
+func kept(until, now time.Time) string {
+	switch wait := until.Sub(now); {
+	case wait > 100*365*24*time.Hour:
+		return "kept for ever"
+	case wait > 24*time.Hour:
+		return "kept until " + until.In(now.Location()).Format("2006-01-02 15:04")
+	}
+	return "kept until " + until.In(now.Location()).Format("15:04:05")
 }
 
 func number(n uint64) string { return strconv.FormatUint(n, 10) }

@@ -61,7 +61,7 @@ func TestParse(t *testing.T) {
 
 func TestUsage(t *testing.T) {
 	w := newWorld(t)
-	if out, errs, status := w.run("", "--help"); status != 0 || errs != "" || !strings.Contains(out, "ProxyCommand muxproxy") {
+	if out, errs, status := w.run("", "--help"); status != 0 || errs != "" || !strings.Contains(out, "muxproxy --fdpass ") {
 		t.Errorf("help: %d, %q, %q", status, out, errs)
 	}
 	if out, errs, status := w.run("", "-z\x1b"); status != 2 || out != "" || !strings.Contains(errs, `unknown option -z\x1b`) {

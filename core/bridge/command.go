@@ -15,12 +15,13 @@ import (
 const Usage = `usage: muxproxy [-F FILE] [-i FILE] [-o OPTION] [--fdpass] USER@HOST:PORT [ALIAS]
        muxproxy COMMAND [ARGUMENT...]
 
-ssh starts the first form, by lines like these at the top of ~/.ssh/config:
+ssh starts the first form, as the lines say that 'muxproxy setup' writes for ~/.ssh/config:
 
     Host *
-        ProxyCommand muxproxy --fdpass '%r@%h:%p' '%n'
+        ProxyCommand /home/YOU/.local/bin/muxproxy --fdpass '%r@%h:%p' '%n'
         ProxyUseFdpass yes
         GlobalKnownHostsFile /home/YOU/.local/state/muxproxy/known_hosts /etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2
+        ControlPath none
 
 'muxproxy help' lists the commands.
 

@@ -26,7 +26,8 @@ type Conn struct {
 	held   *[part]byte
 	parts  [2][]byte
 
-	buf      *[ahead]byte // nil while little comes
+	await    func()       // waits for something to read, without room for it; nil: can't be done
+	buf      *[ahead]byte // nil unless it holds something, or await is nil
 	from, to int          // what of buf has not been read yet
 	err      error        // comes after that
 	full     bool         // the last read took all that there was room for
@@ -38,9 +39,9 @@ var (
 	joined = sync.Pool{New: func() any { return new([part + largest]byte) }}
 )
 
-// New returns c's wrapper, which owns c.
+// New returns c's wrapper, which owns c. If c is a syscall.Conn its descriptor is the one that it reads from.
 func New(c net.Conn) *Conn {
-	s := &Conn{Conn: c}
+	s := &Conn{Conn: c, await: readable(c)}
 	switch c.(type) {
 	case *net.TCPConn, *net.UnixConn:
 		s.vector = true
@@ -106,6 +107,9 @@ func (c *Conn) Read(p []byte) (int, error) {
 			c.full = n >= part && n == len(p)
 			return n, err
 		}
+		if c.await != nil { // else a connection that goes quiet now keeps a buffer for nothing
+			c.await()
+		}
 		if c.buf == nil {
 			c.buf = bufs.Get().(*[ahead]byte)
 		}
@@ -118,7 +122,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	if c.from < c.to {
 		return n, nil
 	}
-	if !c.full {
+	if !c.full || c.await != nil {
 		bufs.Put(c.buf)
 		c.buf, c.from, c.to = nil, 0, 0
 	}

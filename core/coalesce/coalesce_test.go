@@ -6,7 +6,10 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/iotest"
 )
@@ -191,6 +194,112 @@ func TestAQuietConnectionHoldsNoBuffer(t *testing.T) {
 		t.Error("it holds a buffer")
 	}
 }
+
+// One that goes quiet right after much has come waits without a buffer, and reads what comes next.
+func TestAConnectionThatGoesQuietHoldsNoBuffer(t *testing.T) {
+	kinds := map[string]func(t *testing.T) (w io.WriteCloser, r net.Conn){
+		"socket": func(t *testing.T) (io.WriteCloser, net.Conn) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			w, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return w, r
+		},
+		"pipe": func(t *testing.T) (io.WriteCloser, net.Conn) {
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return w, fileConn{f: r}
+		},
+	}
+	for name, ends := range kinds {
+		t.Run(name, func(t *testing.T) {
+			w, r := ends(t)
+			defer r.Close()
+			c := New(r)
+			if c.await == nil {
+				t.Fatal("its descriptor can't be looked at")
+			}
+			waits := make(chan struct{})
+			var come atomic.Bool
+			wait := c.await
+			c.await = func() {
+				if c.buf != nil {
+					t.Error("it waits with a buffer")
+				}
+				if !come.Load() {
+					waits <- struct{}{}
+				}
+				wait()
+				if !come.Load() {
+					t.Error("it does not wait")
+				}
+			}
+			type result struct {
+				n   int
+				err error
+			}
+			p := make([]byte, part)
+			for _, next := range []string{"more", ""} { // "": the end
+				come.Store(true)
+				carry := func(much int) {
+					if _, err := w.Write(random(much)); err != nil {
+						t.Fatal(err)
+					}
+					if _, err := io.ReadFull(c, make([]byte, much)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				carry(part)
+				for carry(12 * part); !c.full; { // the last of it came ahead, much at a time
+					carry(12 * part)
+				}
+				come.Store(false)
+				got := make(chan result, 1)
+				go func() {
+					n, err := c.Read(p)
+					got <- result{n, err}
+				}()
+				<-waits
+				come.Store(true)
+				if next == "" {
+					w.Close()
+					if g := <-got; g.n != 0 || g.err != io.EOF {
+						t.Errorf("at the end: %+v", g)
+					}
+				} else {
+					io.WriteString(w, next)
+					if g := <-got; string(p[:g.n]) != next || g.err != nil {
+						t.Errorf("got %+v", g)
+					}
+				}
+				if c.buf != nil {
+					t.Error("it holds a buffer")
+				}
+			}
+		})
+	}
+}
+
+// fileConn is a file as a connection that is only read.
+type fileConn struct {
+	net.Conn
+	f *os.File
+}
+
+func (c fileConn) Read(b []byte) (int, error)            { return c.f.Read(b) }
+func (c fileConn) Close() error                          { return c.f.Close() }
+func (c fileConn) SyscallConn() (syscall.RawConn, error) { return c.f.SyscallConn() }
 
 // Errors come after the data that came before them, whatever the sizes.
 func FuzzRead(f *testing.F) {

@@ -44,6 +44,8 @@ type Upstream struct {
 	Sessions    int       `json:"sessions"`               // open session channels, one kept in advance among them
 	MaxSessions int       `json:"max_sessions,omitempty"` // how many the server was found to allow; 0: not known
 	Suspect     bool      `json:"suspect,omitempty"`      // no sign of life when asked for one; no new clients until there is
+	IdleSince   time.Time `json:"idle_since,omitzero"`    // when the last client left; zero: there are some
+	KeptUntil   time.Time `json:"kept_until,omitzero"`    // zero: there are clients, or it is about to close
 }
 
 // Client is one local ssh connection.
@@ -88,14 +90,18 @@ type Backend interface {
 	Drain(ctx context.Context, by use.Caller, target string) (int, error)
 	// Stop ends the master: at once, or with its last client if drain is set.
 	Stop(ctx context.Context, by use.Caller, drain bool) error
+	// Restart gives the sockets to a new master, the program that is installed now, and ends this one with its last
+	// session. It returns the new one's pid. After an error all is as before.
+	Restart(ctx context.Context, by use.Caller) (pid int, err error)
 	// Reload reads the policy file. color allows ANSI colours in the text.
 	Reload(ctx context.Context, by use.Caller, color bool) (Reloaded, error)
 	// Lock locks; the passphrase may be empty. Unlock opens that, and returns what still locks; a wrong passphrase is
 	// use.ErrPassphrase.
 	Lock(ctx context.Context, by use.Caller, passphrase []byte) error
 	Unlock(ctx context.Context, by use.Caller, passphrase []byte) (use.LockState, error)
-	// HostKeys returns the public halves of the plain local host keys and of the CA, in authorized_keys form.
-	HostKeys() (plain, ca []string)
+	// HostKeys returns the public halves of the plain local host keys and of the CAs, in authorized_keys form: of all types,
+	// or, if made is set, of those that have been made.
+	HostKeys(made bool) (plain, ca []string)
 	// Dump is text for a bug report: goroutines and state, no secrets.
 	Dump() string
 }

@@ -124,6 +124,14 @@ func (m *Master) Stop(ctx context.Context, drain bool) error {
 	return statusToError(err)
 }
 
+// Restart has a new master take over, which may not be ready yet when its pid comes back.
+func (m *Master) Restart(ctx context.Context) (pid int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	r, err := m.rpc.Restart(ctx, &controlpb.RestartRequest{})
+	return int(r.GetPid()), statusToError(err)
+}
+
 // Reload has the master read its policy file. color allows ANSI colours in the text.
 func (m *Master) Reload(ctx context.Context, color bool) (Reloaded, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTime)
@@ -159,11 +167,12 @@ func (m *Master) Unlock(ctx context.Context, passphrase []byte) (use.LockState, 
 	return lockFromPB(r.GetLock()), err
 }
 
-// HostKeys returns the public halves of the plain local host keys and of the CA, in authorized_keys form.
-func (m *Master) HostKeys(ctx context.Context) (plain, ca []string, err error) {
+// HostKeys returns the public halves of the plain local host keys and of the CAs, in authorized_keys form: of all types, or, if
+// made is set, of those that have been made.
+func (m *Master) HostKeys(ctx context.Context, made bool) (plain, ca []string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
-	r, err := m.rpc.HostKeys(ctx, &controlpb.HostKeysRequest{})
+	r, err := m.rpc.HostKeys(ctx, &controlpb.HostKeysRequest{Made: made})
 	return r.GetPlain(), r.GetCa(), statusToError(err)
 }
 

@@ -60,6 +60,9 @@ func (b *backend) Drain(ctx context.Context, by use.Caller, target string) (int,
 func (b *backend) Stop(ctx context.Context, by use.Caller, drain bool) error {
 	return b.called(ctx, by, map[bool]string{true: "stop drain", false: "stop"}[drain])
 }
+func (b *backend) Restart(ctx context.Context, by use.Caller) (int, error) {
+	return 77, b.called(ctx, by, "restart")
+}
 func (b *backend) Reload(ctx context.Context, by use.Caller, color bool) (control.Reloaded, error) {
 	return control.Reloaded{File: "/c\xff", InForce: true, Text: "warning\xff", Diagnostics: []byte("[1]")},
 		b.called(ctx, by, fmt.Sprintf("reload %v", color))
@@ -73,7 +76,10 @@ func (b *backend) Unlock(ctx context.Context, by use.Caller, passphrase []byte) 
 	}
 	return use.LockState{Locked: true, By: []string{"screen"}}, b.called(ctx, by, "unlock "+string(passphrase))
 }
-func (b *backend) HostKeys() (plain, ca []string) {
+func (b *backend) HostKeys(made bool) (plain, ca []string) {
+	if made {
+		return nil, []string{"made"}
+	}
 	return []string{"ecdsa", "ed25519"}, []string{"ca"}
 }
 func (b *backend) Dump() string { return "goroutine 1\xff" }
@@ -129,7 +135,9 @@ func fill(v reflect.Value) {
 			return
 		}
 		for i := range v.NumField() {
-			fill(v.Field(i))
+			if v.Type().Field(i).Tag.Get("json") != "-" { // nobody's to see
+				fill(v.Field(i))
+			}
 		}
 	case reflect.Slice:
 		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
@@ -143,7 +151,6 @@ func fill(v reflect.Value) {
 		v.SetInt(1 << 40)
 	case reflect.Uint64:
 		v.SetUint(1 << 63)
-	case reflect.Map: // a caller's environment, which is nobody's to see
 	default:
 		panic(v.Type().String())
 	}
@@ -202,6 +209,9 @@ func TestCalls(t *testing.T) {
 	if n, err := m.Drain(t.Context(), ""); n != 3 || err != nil {
 		t.Errorf("Drain: %d, %v", n, err)
 	}
+	if pid, err := m.Restart(t.Context()); err != nil || pid != 77 {
+		t.Errorf("restart: %d, %v", pid, err)
+	}
 	if err := m.Stop(t.Context(), true); err != nil {
 		t.Errorf("Stop: %v", err)
 	}
@@ -221,7 +231,10 @@ func TestCalls(t *testing.T) {
 	if left, err := m.Unlock(t.Context(), []byte("wrong")); !errors.Is(err, use.ErrPassphrase) || left.By[0] != "person" {
 		t.Errorf("Unlock: %+v, %v", left, err)
 	}
-	if plain, ca, err := m.HostKeys(t.Context()); err != nil || len(plain) != 2 || len(ca) != 1 || ca[0] != "ca" {
+	if plain, ca, err := m.HostKeys(t.Context(), true); err != nil || len(plain) != 0 || len(ca) != 1 || ca[0] != "made" {
+		t.Errorf("HostKeys that are made: %q, %q, %v", plain, ca, err)
+	}
+	if plain, ca, err := m.HostKeys(t.Context(), false); err != nil || len(plain) != 2 || len(ca) != 1 || ca[0] != "ca" {
 		t.Errorf("HostKeys: %q, %q, %v", plain, ca, err)
 	}
 	if text, err := m.Dump(t.Context()); err != nil || text != "goroutine 1\xff" {
@@ -229,7 +242,7 @@ func TestCalls(t *testing.T) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if got := strings.Join(b.calls, ", "); got != "close db, drain , stop drain, stop, reload true, lock p\xff, unlock p\xff" {
+	if got := strings.Join(b.calls, ", "); got != "close db, drain , restart, stop drain, stop, reload true, lock p\xff, unlock p\xff" {
 		t.Errorf("calls: %s", got)
 	}
 	if b.by.UID != os.Geteuid() {

@@ -69,6 +69,7 @@ func upstreamToPB(u Upstream) *controlpb.Upstream {
 		Kex: text(u.Kex), Cipher: text(u.Cipher), PostQuantum: u.PostQuantum, Auth: text(u.Auth),
 		Clients: int64(u.Clients), Channels: int64(u.Channels), In: u.In, Out: u.Out,
 		Sessions: int64(u.Sessions), MaxSessions: int64(u.MaxSessions), Suspect: u.Suspect,
+		IdleSince: timeToPB(u.IdleSince), KeptUntil: timeToPB(u.KeptUntil),
 	}
 }
 
@@ -79,6 +80,7 @@ func upstreamFromPB(u *controlpb.Upstream) Upstream {
 		Kex: u.GetKex(), Cipher: u.GetCipher(), PostQuantum: u.GetPostQuantum(), Auth: u.GetAuth(),
 		Clients: int(u.GetClients()), Channels: int(u.GetChannels()), In: u.GetIn(), Out: u.GetOut(),
 		Sessions: int(u.GetSessions()), MaxSessions: int(u.GetMaxSessions()), Suspect: u.GetSuspect(),
+		IdleSince: timeFromPB(u.GetIdleSince()), KeptUntil: timeFromPB(u.GetKeptUntil()),
 	}
 }
 

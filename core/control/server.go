@@ -110,6 +110,14 @@ func (s *server) Stop(ctx context.Context, r *controlpb.StopRequest) (*controlpb
 	return &controlpb.StopResponse{}, nil
 }
 
+func (s *server) Restart(ctx context.Context, _ *controlpb.RestartRequest) (*controlpb.RestartResponse, error) {
+	pid, err := s.backend.Restart(ctx, callerOf(ctx))
+	if err != nil {
+		return nil, errorToStatus(err)
+	}
+	return &controlpb.RestartResponse{Pid: int64(pid)}, nil
+}
+
 func (s *server) Reload(ctx context.Context, r *controlpb.ReloadRequest) (*controlpb.ReloadResponse, error) {
 	got, err := s.backend.Reload(ctx, callerOf(ctx), r.GetColor())
 	if err != nil {
@@ -140,8 +148,8 @@ func (s *server) Unlock(ctx context.Context, r *controlpb.UnlockRequest) (*contr
 	return &controlpb.UnlockResponse{Lock: lockToPB(state)}, nil
 }
 
-func (s *server) HostKeys(context.Context, *controlpb.HostKeysRequest) (*controlpb.HostKeysResponse, error) {
-	plain, ca := s.backend.HostKeys()
+func (s *server) HostKeys(_ context.Context, r *controlpb.HostKeysRequest) (*controlpb.HostKeysResponse, error) {
+	plain, ca := s.backend.HostKeys(r.GetMade())
 	return &controlpb.HostKeysResponse{Plain: each(plain, text), Ca: each(ca, text)}, nil
 }
 

@@ -115,6 +115,16 @@ func (a *Authority) Keys() (plain, cas []string, err error) {
 	return plain, cas, nil
 }
 
+// Made is Keys for those that have been made: it makes none.
+func (a *Authority) Made() (plain, cas []string) {
+	for _, s := range a.slots {
+		if p := s.made.Load(); p != nil {
+			plain, cas = append(plain, authorizedKey(p.host)), append(cas, authorizedKey(p.ca))
+		}
+	}
+	return plain, cas
+}
+
 func authorizedKey(s ssh.Signer) string {
 	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(s.PublicKey())))
 }

@@ -484,8 +484,15 @@ func TestAFailedPublishShowsNoKey(t *testing.T) {
 
 func TestKnownHostsLine(t *testing.T) {
 	a, published := newAuthority(t)
-	if _, _, err := a.Keys(); err != nil {
+	if plain, cas := a.Made(); len(plain) != 1 || !slices.Equal(cas, *published) {
+		t.Errorf("made at the start: %q, %q, published %q", plain, cas, *published)
+	}
+	plain, cas, err := a.Keys()
+	if err != nil {
 		t.Fatal(err)
+	}
+	if p, c := a.Made(); !slices.Equal(p, plain) || !slices.Equal(c, cas) {
+		t.Errorf("made %q, %q, not %q, %q", p, c, plain, cas)
 	}
 	if len(*published) != len(keyTypes) {
 		t.Fatalf("%d CAs published", len(*published))

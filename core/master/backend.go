@@ -38,11 +38,17 @@ func connection(c pool.ConnInfo) pluginhost.Connection {
 	}
 }
 
-// Connections implements pluginhost.Backend.
+// Connections implements pluginhost.Backend. Clients are those of people: plugins hold connections, too.
 func (b backend) Connections() []pluginhost.Connection {
+	clients := map[uint64]int{}
+	for _, c := range b.m.snapshot() {
+		clients[c.upstream.Load()]++
+	}
 	var out []pluginhost.Connection
 	for _, c := range b.m.pool.List() {
-		out = append(out, connection(c))
+		p := connection(c)
+		p.Clients = clients[c.ID]
+		out = append(out, p)
 	}
 	return out
 }
@@ -52,7 +58,7 @@ func (b backend) connection(id uint64) (pluginhost.Connection, error) {
 	if i := slices.IndexFunc(list, func(c pluginhost.Connection) bool { return c.ID == id }); i >= 0 {
 		return list[i], nil
 	}
-	return pluginhost.Connection{}, fmt.Errorf("connection %d has ended", id)
+	return pluginhost.Connection{}, fmt.Errorf("connection %d: %w", id, pool.ErrGone)
 }
 
 // Resolve implements pluginhost.Backend.
@@ -73,7 +79,9 @@ func (nobody) Ask(context.Context, pool.Question) ([]string, error) { return nil
 func (b backend) Connect(ctx context.Context, by pluginhost.Actor, t use.Target) (pluginhost.Connection, error) {
 	caller := b.caller(by, 0)
 	if !b.m.policy.lookup().For(t, caller).Share() {
-		return pluginhost.Connection{}, fmt.Errorf("policy does not share connections to %s", t.Addr())
+		return pluginhost.Connection{}, &use.Denied{
+			By: "policy", Reason: use.Printable(fmt.Sprintf("connections to %s are not shared (share = false)", t.Addr())),
+		}
 	}
 	r, err := b.m.ownResolution(ctx, t)
 	if err != nil {
@@ -91,7 +99,7 @@ func (b backend) Connect(ctx context.Context, by pluginhost.Actor, t use.Target)
 		permit.End(use.Result{Status: "refused", Err: err.Error()})
 		return pluginhost.Connection{}, err
 	}
-	b.m.wg.Go(func() {
+	lease.Go(func() {
 		select {
 		case <-time.After(holdTime):
 		case <-b.m.ending:
@@ -104,27 +112,44 @@ func (b backend) Connect(ctx context.Context, by pluginhost.Actor, t use.Target)
 
 // Close implements pluginhost.Backend.
 func (b backend) Close(ctx context.Context, by pluginhost.Actor, id uint64) error {
+	return b.command(ctx, by, id, "close", func(c pluginhost.Connection) {
+		b.m.pool.CloseMatching(func(o pool.ConnInfo) bool { return o.ID == id },
+			fmt.Errorf("%s: closed by the plugin %s", c.Target.Addr(), by.Plugin))
+	})
+}
+
+// Drain implements pluginhost.Backend.
+func (b backend) Drain(ctx context.Context, by pluginhost.Actor, id uint64) error {
+	return b.command(ctx, by, id, "drain", func(pluginhost.Connection) {
+		b.m.pool.Drain(func(o pool.ConnInfo) bool { return o.ID == id })
+	})
+}
+
+// command passes the gate as a person's command about a connection does.
+func (b backend) command(ctx context.Context, by pluginhost.Actor, id uint64, verb string, do func(pluginhost.Connection)) error {
 	c, err := b.connection(id)
 	if err != nil {
 		return err
 	}
 	permit, denied := b.m.gate.Decide(ctx, use.Use{
-		Kind: use.Control, Caller: b.caller(by, 0), Target: c.Target, Name: "close", Addr: c.Target.String(),
+		Kind: use.Control, Caller: b.caller(by, 0), Target: c.Target, Name: verb, Addr: c.Target.String(),
 	}, nil)
 	if denied != nil {
 		return denied
 	}
-	b.m.pool.CloseMatching(func(o pool.ConnInfo) bool { return o.ID == id },
-		fmt.Errorf("%s: closed by the plugin %s", c.Target.Addr(), by.Plugin))
+	do(c)
 	permit.End(use.Result{Status: "ok"})
 	return nil
 }
 
-// caller is who wants something: the plugin, or, before it, the process that it says it acts for.
+// caller is who wants something: the plugin, by way of this process, or, by way of the plugin, the process that it says
+// it acts for.
 func (b backend) caller(by pluginhost.Actor, pid int) use.Caller {
 	c := by.Caller
 	if pid > 0 {
 		c.Processes = append(slices.Clone(c.Processes[:min(1, len(c.Processes))]), use.Chain(pid)...)
+	} else if self := use.Self().Processes; len(self) > 0 {
+		c.Processes = append(self[:1:1], c.Processes...)
 	}
 	if p, ok := c.Client(); ok {
 		c.Env = use.ReadEnv(p, b.m.policy.now.Load().EnvNames())

@@ -31,6 +31,8 @@ const (
 	helloTime = 10 * time.Second
 	// resolveTime bounds `ssh -G` in the bridge, a Match exec included.
 	resolveTime = time.Minute
+	// maxAsked is how often a person may answer neither yes nor no.
+	maxAsked = 3
 	// noteTime bounds the write of a note to a bridge that does not read.
 	noteTime = time.Second
 )
@@ -69,8 +71,8 @@ type client struct {
 // serve is a client's whole life. It owns nc.
 func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	defer nc.Close()
-	m.serving.Add(1)
-	defer m.serving.Add(-1)
+	m.begin()
+	defer m.end()
 	c := &client{
 		id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now(), handshake: local.NewHandshake(),
 	}
@@ -97,7 +99,9 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 		}
 	}()
 	if errors.Is(err, wire.ErrVersion) {
-		c.answer(wire.Failed, fmt.Sprintf("the master is of another version (%s); end it with: muxproxy master stop", m.opts.Version))
+		c.answer(wire.Failed, fmt.Sprintf(
+			"this muxproxy speaks version %d of the protocol and the master, muxproxy %s, version %d: if the master is the older one, "+
+				"run `muxproxy master restart`, else update this one", hello.Version, m.opts.Version, wire.Version))
 		return
 	}
 	if err != nil {
@@ -390,10 +394,16 @@ func (c *client) acquire(spec pool.Spec, failed func(error)) *login {
 	ctx, cancel := context.WithCancel(c.ctx)
 	l.cancel = cancel
 	u := use.Use{Kind: use.Attach, Client: c.id, Caller: c.caller(), Target: c.target}
+	person := func(ctx context.Context, question string) (bool, error) {
+		if spec.Connected != nil {
+			spec.Connected() // ssh asks once it speaks with us; a bridge in its way would wait for the host
+		}
+		return c.confirm(ctx, question)
+	}
 	go func() {
 		defer close(l.done)
 		var denied *use.Denied
-		if l.permit, denied = c.master.gate.Decide(ctx, u, c.say); denied != nil {
+		if l.permit, denied = c.master.gate.Decide(use.WithPerson(ctx, person), u, c.say); denied != nil {
 			l.err = denied
 		} else {
 			l.lease, l.err = c.master.pool.Acquire(ctx, l.permit, spec, c)
@@ -511,6 +521,29 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 		c.answered.Store(true)
 	}
 	return answers, err
+}
+
+// confirm is a use.Person: the user's own ssh asks, on its terminal, until it has been let in.
+func (c *client) confirm(ctx context.Context, question string) (bool, error) {
+	if !c.hasTerminal() {
+		return false, use.ErrNobody
+	}
+	prompt := question + " [yes/no] "
+	for range maxAsked {
+		answers, err := c.Ask(ctx, pool.Question{Title: "muxproxy", Prompts: []pool.Prompt{{Text: prompt, Echo: true}}})
+		switch {
+		case errors.Is(err, pool.ErrNobody):
+			return false, use.ErrNobody
+		case err != nil:
+			return false, err
+		case strings.EqualFold(strings.TrimSpace(answers[0]), "yes"):
+			return true, nil
+		case strings.EqualFold(strings.TrimSpace(answers[0]), "no"):
+			return false, nil
+		}
+		prompt = "please type yes or no: "
+	}
+	return false, nil
 }
 
 // hasTerminal tells whether the ssh at this client has a terminal to ask at.

@@ -3,9 +3,11 @@ package master
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
+	"runtime/metrics"
 	"slices"
 	"strings"
 
@@ -30,6 +32,7 @@ func (m *Master) Status() control.Status {
 			Addr: u.Server.Addr, Server: use.Printable(u.Server.Version), Kex: u.Server.Kex, Cipher: u.Server.Cipher,
 			PostQuantum: u.Server.PostQuantum, Auth: use.Printable(u.Server.Auth), Clients: u.Clients, Channels: int(u.Channels),
 			In: u.In, Out: u.Out, Sessions: u.Sessions, MaxSessions: u.MaxSessions, Suspect: u.Suspect,
+			IdleSince: u.IdleSince, KeptUntil: u.KeptUntil,
 		}
 		if u.Server.HostKey != nil {
 			cu.HostKey = u.Server.HostKey.Type() + " " + ssh.FingerprintSHA256(u.Server.HostKey)
@@ -215,6 +218,10 @@ func (m *Master) Stop(ctx context.Context, by use.Caller, drain bool) error {
 	verb := "stop"
 	if drain {
 		verb = "stop --drain"
+		if m.opts.Sockets.Kept && len(m.opts.Sockets.Listeners) > 0 {
+			return errors.New("systemd listens for this master: clients would wait until the last session has ended; " +
+				"use `muxproxy master restart`, or stop muxproxy.socket first")
+		}
 	}
 	p, err := m.permit(ctx, by, verb, "", use.Target{})
 	if err != nil {
@@ -227,34 +234,15 @@ func (m *Master) Stop(ctx context.Context, by use.Caller, drain bool) error {
 		return nil
 	}
 	m.log.Info().Stringer("caller", by).Msg("told to drain")
-	m.drain()
+	m.drain(false)
 	return nil
 }
 
-// drain ends the master with its last client.
-func (m *Master) drain() {
-	if m.draining.Swap(true) {
-		return
-	}
-	m.mu.Lock()
-	idle := make(chan struct{})
-	if len(m.clients) == 0 {
-		close(idle)
-	} else {
-		m.idle = idle
-	}
-	m.mu.Unlock()
-	m.closeListeners()
-	m.lock.Share()
-	m.giveUp()
-	go func() { // ends with the last client, which ends with Run
-		<-idle
-		m.stop(errStopped)
-	}()
-}
-
 // HostKeys implements control.Backend.
-func (m *Master) HostKeys() (plain, ca []string) {
+func (m *Master) HostKeys(made bool) (plain, ca []string) {
+	if made {
+		return m.authority.Made()
+	}
 	plain, ca, err := m.authority.Keys()
 	if err != nil {
 		m.log.Error().Err(err).Msg("local host keys")
@@ -264,6 +252,7 @@ func (m *Master) HostKeys() (plain, ca []string) {
 
 // Dump implements control.Backend.
 func (m *Master) Dump() string {
+	memory := memoryInUse() // before the rest of this takes some
 	buf := make([]byte, 1<<20)
 	for {
 		n := runtime.Stack(buf, true)
@@ -283,6 +272,15 @@ func (m *Master) Dump() string {
 	if err != nil {
 		state = []byte(err.Error())
 	}
-	return fmt.Sprintf("muxproxy %s, %s, %s/%s, %d goroutines\n\n%s\n\n%s", m.opts.Version, runtime.Version(), runtime.GOOS,
-		runtime.GOARCH, runtime.NumGoroutine(), state, buf)
+	return fmt.Sprintf("muxproxy %s, %s, %s/%s, %d goroutines\n%s\n\n%s\n\n%s", m.opts.Version, runtime.Version(), runtime.GOOS,
+		runtime.GOARCH, runtime.NumGoroutine(), memory, state, buf)
+}
+
+// memoryInUse says what is in use, without garbage: what the system shows of a process depends on when it last collected that.
+func memoryInUse() string {
+	runtime.GC()
+	runtime.GC() // what is in a sync.Pool goes at the second
+	in := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/stacks:bytes"}}
+	metrics.Read(in)
+	return fmt.Sprintf("in use: heap %d, stacks %d bytes", in[0].Value.Uint64(), in[1].Value.Uint64())
 }

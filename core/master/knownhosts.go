@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/muxproxy/muxproxy/core/local"
@@ -75,17 +74,7 @@ func (k knownHosts) rewrite(change func([]string) []string) error {
 func (k knownHosts) dead(line string) bool {
 	host, pid, ok := strings.Cut(line[strings.LastIndexByte(line, ' ')+1:], "+")
 	n, err := strconv.Atoi(pid)
-	return ok && err == nil && host == k.host && n != k.pid && !alive(n)
-}
-
-func alive(pid int) bool {
-	p, err := os.FindProcess(pid)
-	if err != nil {
-		return false
-	}
-	defer p.Release()
-	err = p.Signal(syscall.Signal(0))
-	return err == nil || errors.Is(err, os.ErrPermission)
+	return ok && err == nil && host == k.host && n != k.pid && !paths.Alive(n)
 }
 
 // replace writes a file anew in one step; on an error the old one stays.

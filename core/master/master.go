@@ -46,6 +46,11 @@ type Options struct {
 	LogLevel func(string)
 	// BuiltIn are the plugins that this program is itself when it is started as "plugin NAME".
 	BuiltIn []string
+	// Sockets listen already.
+	Sockets Sockets
+	// Handover is the environment by which this program, started again, finds sockets of these names in dir as its
+	// descriptors from 3 on; kept is Sockets' Kept.
+	Handover func(dir string, names []string, kept bool) []string
 	// Hangup asks to read the policy file again (SIGHUP); nil: nobody does.
 	Hangup <-chan os.Signal
 }
@@ -72,12 +77,12 @@ type Master struct {
 	locked   atomic.Bool // what the plugins were told of the lock
 
 	lastClient atomic.Uint64
-	serving    atomic.Int64   // clients, those that have not said hello yet too
 	wg         sync.WaitGroup // clients
 
 	mu        sync.Mutex      // guards what follows
 	living    *paths.FileLock // says that this is the one living master; nil once given away
 	clients   map[uint64]*client
+	serving   int               // clients, those that have not said hello yet too
 	listeners []*paths.Listener // mux, control
 	socketDir string            // where those are
 	idle      chan struct{}     // closed when draining and the last client has left
@@ -89,10 +94,17 @@ var errStopped = errors.New("the master was stopped")
 // cut and everything closed. If another master of this user lives on this host, it returns nil as soon as that one can
 // be reached.
 func Run(ctx context.Context, opts Options) error {
+	if opts.Sockets.Dir != "" {
+		opts.Dirs.Runtime = opts.Sockets.Dir
+	}
 	if err := opts.Dirs.Make(); err != nil {
 		return err
 	}
-	lock, err := takeOver(ctx, opts)
+	wait := takeOver
+	if opts.Sockets.TakeOver {
+		wait = awaitLock
+	}
+	lock, err := wait(ctx, opts)
 	if lock == nil {
 		return err
 	}
@@ -108,7 +120,7 @@ func Run(ctx context.Context, opts Options) error {
 		socketDir:  opts.Dirs.Runtime,
 		knownHosts: knownHosts{path: filepath.Join(opts.Dirs.State, paths.KnownHosts), host: host, pid: os.Getpid()},
 	}
-	defer m.giveUp()
+	defer m.giveUp(false)
 	return m.run(ctx)
 }
 
@@ -141,18 +153,21 @@ func takeOver(ctx context.Context, opts Options) (*paths.FileLock, error) {
 	}
 }
 
-// giveUp lets another master be the living one.
-func (m *Master) giveUp() {
+// giveUp lets another master be the living one. handedOver: it has the sockets, and the link to them is right.
+func (m *Master) giveUp(handedOver bool) {
 	m.mu.Lock()
 	lock := m.living
 	m.living = nil
 	m.mu.Unlock()
-	if lock != nil {
+	if lock == nil {
+		return
+	}
+	if !handedOver {
 		if err := m.opts.Dirs.Unpublish(m.sockets()); err != nil {
 			m.log.Warn().Err(err).Msg("can't remove the link to the sockets")
 		}
-		lock.Close()
 	}
+	lock.Close()
 }
 
 func (m *Master) run(ctx context.Context) error {
@@ -173,12 +188,11 @@ func (m *Master) run(ctx context.Context) error {
 		m.log.Error().Err(err).Msg("lock")
 	}
 	m.plugins = pluginhost.New(pluginhost.Options{
-		Dir: m.opts.Dirs.Runtime, State: m.opts.Dirs.State, Env: pluginhost.Environment(m.opts.Getenv), Backend: backend{m},
-		Log: m.log,
+		Dir: m.sockets, State: m.opts.Dirs.State, Env: pluginhost.Environment(m.opts.Getenv), Backend: backend{m}, Log: m.log,
 	})
 	m.locked.Store(m.lock.State().Locked)
 	m.lock.OnChange(m.lockChanged)
-	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, use.ByPolicy(m.policy.lookup), m.plugins.Check)
+	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, m.plugins.Check)
 	m.authority, err = local.NewAuthority(m.knownHosts.add)
 	if err != nil {
 		return fmt.Errorf("the local host keys: %w", err)
@@ -189,6 +203,7 @@ func (m *Master) run(ctx context.Context) error {
 		}
 	}()
 	m.pool = pool.New(&upstream.Dialer{Log: m.log}, keeper{m.plugins}, m.gate, m.log)
+	defer m.plugins.Wait()
 	defer m.pool.Close()
 	defer m.wg.Wait()
 	end := sync.OnceFunc(func() { close(m.ending) })
@@ -207,7 +222,7 @@ func (m *Master) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	listen := func(name string, serve func(net.Listener) error) error {
-		l, err := paths.Listen(m.opts.Dirs.Runtime, name)
+		l, err := m.listen(name)
 		if err != nil {
 			return err
 		}
@@ -217,7 +232,7 @@ func (m *Master) run(ctx context.Context) error {
 		wg.Go(func() { m.keepListening(ctx, l, name, serve) })
 		return nil
 	}
-	defer m.closeListeners()
+	defer m.closeListeners(false)
 	clients, cutClients := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cutClients(nil)
 	if err := listen(paths.MuxSocket, func(l net.Listener) error { return m.accept(clients, l) }); err != nil {
@@ -237,7 +252,7 @@ func (m *Master) run(ctx context.Context) error {
 
 	<-ctx.Done()
 	end()
-	m.closeListeners()
+	m.closeListeners(false)
 	var cut sync.WaitGroup
 	for _, c := range m.snapshot() {
 		cut.Go(func() { c.cut(errStopped) })
@@ -340,13 +355,26 @@ func (m *Master) sockets() string {
 	return m.socketDir
 }
 
-func (m *Master) closeListeners() {
+// listen makes a socket, unless it was there when the master started.
+func (m *Master) listen(name string) (*paths.Listener, error) {
+	if l := m.opts.Sockets.Listeners[name]; l != nil {
+		return paths.Adopt(l, filepath.Join(m.opts.Dirs.Runtime, name), m.opts.Sockets.Kept)
+	}
+	return paths.Listen(m.opts.Dirs.Runtime, name)
+}
+
+// closeListeners stops listening. handedOver: another master listens on the same sockets, whose names stay.
+func (m *Master) closeListeners(handedOver bool) {
 	m.mu.Lock()
 	ls := m.listeners
 	m.listeners = nil
 	m.mu.Unlock()
 	for _, l := range ls {
-		l.Close()
+		if handedOver {
+			l.Leave()
+		} else {
+			l.Close()
+		}
 	}
 }
 
@@ -392,8 +420,27 @@ func (m *Master) leave(c *client) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.clients, c.id)
-	if m.idle != nil && len(m.clients) == 0 {
+}
+
+// begin and end count who is connected, from before its hello.
+func (m *Master) begin() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.serving++
+}
+
+func (m *Master) end() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.serving--
+	if m.idle != nil && m.serving == 0 {
 		close(m.idle)
 		m.idle = nil
 	}
+}
+
+func (m *Master) clientsNow() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.serving
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -18,22 +19,39 @@ import (
 	"github.com/muxproxy/muxproxy/core/pluginhost"
 	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/pool"
+	"github.com/muxproxy/muxproxy/core/session"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-// prepareTime bounds the start of the plugins that a policy mentions.
-const prepareTime = 20 * time.Second
+const (
+	// prepareTime bounds the start of the plugins that a policy mentions.
+	prepareTime = 20 * time.Second
+	// firstTime does before the master is ready, and then their configuration: a bridge waits 10 s for all of it.
+	firstTime = 4 * time.Second
+	// Plugins that could not be started then are tried again after retryTime, and each time after twice as long.
+	retryTime = 500 * time.Millisecond
+	retryMost = time.Minute
+)
 
-// adopt reads the policy file, starts and configures the plugins that it mentions, and puts it in force. Nothing has
-// changed if there is an error. first: there is no policy yet; then a plugin that can't be started is one that fails, so
-// that not all hosts wait for it, but one that does not take its blocks keeps the master from starting, as other errors
-// in the file do. Without an error the diagnostics are warnings. Only one goroutine may be here.
+// adopt reads the policy file and puts it in force, as put does.
 func (m *Master) adopt(ctx context.Context, first bool) (policy.Diagnostics, error) {
 	draft, diags := m.policy.read(m.noAlias)
 	if draft == nil {
 		return diags, diags.Errors()
 	}
-	starting, cancel := context.WithTimeout(ctx, prepareTime)
+	return m.put(ctx, draft, first)
+}
+
+// put starts and configures the plugins that a policy mentions, and puts it in force. Nothing has changed if there is an
+// error. first: there is no policy yet; then a plugin that can't be started or configured is one that fails, so that not
+// all hosts wait for it, but one that does not take its blocks keeps the master from starting, as other errors in the file
+// do. Without an error the diagnostics are warnings. Only one goroutine may be here.
+func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (policy.Diagnostics, error) {
+	within := prepareTime
+	if first {
+		within = firstTime
+	}
+	starting, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	p := preparePlugins(starting, m.plugins, draft, m.opts.BuiltIn, pluginDirs(m.opts.Dirs))
 	if p.snapshot == nil || p.diags.HasErrors() && !first {
@@ -43,30 +61,46 @@ func (m *Master) adopt(ctx context.Context, first bool) (policy.Diagnostics, err
 	s := p.snapshot
 	m.policy.generation++
 	l := lookup{s, m.policy.generation}
-	var blocks []pluginhost.Block
-	for _, plugin := range s.Plugins() {
-		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
-		for _, b := range s.Blocks(plugin.Name) {
-			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Value: b.Value})
-		}
-	}
+	configuring, cancel := context.WithTimeout(ctx, within) // of its own: one that did not start has taken all of the other
+	defer cancel()
 	if first { // a configured plugin may act at once
 		m.policy.now.Store(s)
 	}
-	problems := p.set.Apply(starting, blocks, l, p.specs, false)
+	problems := p.set.Apply(configuring, l.blocks(), l, p.specs, first, func() { m.policy.now.Store(s) })
 	p.diags = append(p.diags, placed(s, problems, l.number)...)
 	p.diags.Sort()
-	if slices.ContainsFunc(problems, func(p pluginhost.Problem) bool { return !p.Warning }) {
+	if slices.ContainsFunc(problems, func(p pluginhost.Problem) bool { return !p.Warning && !(first && p.Broken) }) {
 		return p.diags, p.diags.Errors()
 	}
 	for _, d := range p.diags.Errors() {
 		m.log.Error().Msg(d.Error())
 	}
 	m.warn(p.diags)
-	m.policy.now.Store(s)
+	m.policy.incomplete.Store(!p.set.Complete())
 	m.apply()
+	m.plugins.InForce()
 	m.pool.Reconsider()
 	return p.diags, nil
+}
+
+// complete starts the plugins of the policy in force that could not be started with the master. It reports whether there
+// is nothing left to do.
+func (m *Master) complete(ctx context.Context) bool {
+	select {
+	case m.policy.loading <- struct{}{}:
+		defer func() { <-m.policy.loading }()
+	case <-ctx.Done():
+		return true
+	}
+	if !m.policy.incomplete.Load() {
+		return true // a reload has
+	}
+	if _, err := m.put(ctx, m.policy.now.Load(), false); err != nil {
+		m.log.Debug().Err(err).Msg("not all plugins can be started yet")
+		return false
+	}
+	m.log.Info().Msg("all plugins that policy mentions run now")
+	return true
 }
 
 // prepared is what a policy becomes with its plugins' schemas.
@@ -117,13 +151,20 @@ func preparePlugins(ctx context.Context, m *pluginhost.Manager, draft *policy.Sn
 }
 
 // CheckPolicy reads a policy file as a master would: the plugins that it mentions are started, asked what their blocks may
-// hold, and ended. scratch is a new directory for their sockets. The snapshot is nil if there are errors.
+// hold and what is wrong with them, and ended. scratch is a new directory for their sockets. The snapshot is nil if there are errors.
 func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch string) (*policy.Snapshot, policy.Diagnostics) {
-	m := pluginhost.New(pluginhost.Options{Dir: scratch, State: scratch, Env: pluginhost.Environment(o.Getenv), Log: o.Log})
+	m := pluginhost.New(pluginhost.Options{
+		Dir: func() string { return scratch }, State: scratch, Env: pluginhost.Environment(o.Getenv), Log: o.Log,
+	})
 	defer m.Close()
 	ctx, cancel := context.WithTimeout(ctx, prepareTime)
 	defer cancel()
 	p := preparePlugins(ctx, m, draft, o.BuiltIn, pluginDirs(o.Dirs))
+	if p.snapshot != nil {
+		l := lookup{s: p.snapshot}
+		p.diags = append(p.diags, placed(l.s, p.set.Check(ctx, l.blocks()), l.number)...)
+		p.diags.Sort()
+	}
 	p.set.Discard()
 	if p.diags.HasErrors() {
 		p.snapshot = nil
@@ -203,6 +244,17 @@ type lookup struct {
 	generation uint64
 }
 
+// blocks are what the plugins are configured with.
+func (l lookup) blocks() (blocks []pluginhost.Block) {
+	for _, plugin := range l.s.Plugins() {
+		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
+		for _, b := range l.s.Blocks(plugin.Name) {
+			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Pos: b.Pos, Value: b.Value})
+		}
+	}
+	return blocks
+}
+
 func (l lookup) id(number int) string { return fmt.Sprintf("%d.%d", l.generation, number) }
 
 func (l lookup) number(id string) int {
@@ -213,6 +265,9 @@ func (l lookup) number(id string) int {
 	}
 	return n
 }
+
+// Deny implements pluginhost.Lookup.
+func (l lookup) Deny(u use.Use) *use.Denied { return l.s.For(u.Target, u.Caller).Deny(u) }
 
 // Block implements pluginhost.Lookup.
 func (l lookup) Block(plugin string, u use.Use) (string, *use.Denied) {
@@ -274,8 +329,13 @@ func (m *Master) lockChanged() {
 	}
 }
 
-// sleep tells the plugins when the machine goes to sleep and wakes; it is a session.Locker.
+// sleep tells the plugins when the machine goes to sleep and wakes.
 type sleep struct{ m *pluginhost.Manager }
+
+var _ interface {
+	session.Locker
+	session.Waker
+} = sleep{}
 
 func (s sleep) LockSession(by string) error {
 	if by == use.LockedBySleep {
@@ -284,12 +344,9 @@ func (s sleep) LockSession(by string) error {
 	return nil
 }
 
-func (s sleep) UnlockSession(by ...string) error {
-	if slices.Contains(by, use.LockedBySleep) {
-		s.m.Observe(pluginhost.Event{Time: time.Now(), Kind: "wake"})
-	}
-	return nil
-}
+func (s sleep) UnlockSession(...string) error { return nil }
+
+func (s sleep) Awake() { s.m.Observe(pluginhost.Event{Time: time.Now(), Kind: "wake"}) }
 
 var _ control.PluginBackend = (*Master)(nil)
 
@@ -341,12 +398,19 @@ func (m *Master) Decide(ctx context.Context, by use.Caller, id string, allow boo
 	return finish(p, m.plugins.Decide(id, allow, reason))
 }
 
+// verbPattern is what the first argument of a plugin's command looks like if it says what to do.
+var verbPattern = regexp.MustCompile(`^[a-z][a-z-]{0,31}$`)
+
 // RunPlugin implements control.PluginBackend.
 func (m *Master) RunPlugin(ctx context.Context, by use.Caller, plugin string, args []string, stdout, stderr io.Writer) (int, error) {
 	if _, ok := m.plugins.Verbs()[plugin]; !ok {
 		return 0, control.ErrNoCommand
 	}
-	p, err := m.permit(ctx, by, plugin, strings.Join(args, " "), use.Target{})
+	verb, rest := plugin, args
+	if len(args) > 0 && verbPattern.MatchString(args[0]) {
+		verb, rest = plugin+" "+args[0], args[1:]
+	}
+	p, err := m.permit(ctx, by, verb, strings.Join(rest, " "), use.Target{})
 	if err != nil {
 		return 0, err
 	}

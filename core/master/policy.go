@@ -40,6 +40,7 @@ type policies struct {
 	opened  chan struct{}                   // one token: the lock has changed
 	// generation counts the policies that were given to plugins; whoever holds loading may use it.
 	generation uint64
+	incomplete atomic.Bool // a plugin of the policy in force was never started
 }
 
 func (p *policies) init(getenv func(string) string, configDir string) {
@@ -58,7 +59,7 @@ func poke(c chan struct{}) {
 	}
 }
 
-// lookup is the policy in force, for the gate.
+// lookup is the policy in force.
 func (p *policies) lookup() use.Lookup { return p.now.Load() }
 
 // read reads the file. The snapshot is nil if there are errors.
@@ -145,6 +146,11 @@ func (m *Master) watchPolicy(ctx context.Context) {
 	if err := w.follow(); err != nil {
 		m.log.Warn().Err(err).Msg("changes of the policy file are not noticed; use `muxproxy master reload`")
 	}
+	var retry <-chan time.Time
+	pause := retryTime
+	if m.policy.incomplete.Load() {
+		retry = time.After(pause)
+	}
 	var settle <-chan time.Time
 	var gone time.Time // since when the file is missing; zero: it is there, or has never been
 	pending := false   // a reload that the lock has stopped
@@ -172,6 +178,11 @@ func (m *Master) watchPolicy(ctx context.Context) {
 		case _, ok := <-m.opts.Hangup:
 			if ok {
 				reload("SIGHUP")
+			}
+		case <-retry:
+			if retry = nil; !m.complete(ctx) {
+				pause = min(2*pause, retryMost)
+				retry = time.After(pause)
 			}
 		case err := <-w.errors():
 			m.log.Warn().Err(err).Msg("changes of the policy file may go unnoticed; use `muxproxy master reload`")
@@ -322,7 +333,7 @@ func (m *Master) follow(ctx context.Context) {
 		if after := mp.ExitWhenIdle; after >= 0 && !m.draining.Load() {
 			if idle.look(m) >= after {
 				m.log.Info().Dur("after", after).Msg("idle for as long as policy allows")
-				m.drain()
+				m.drain(false)
 			}
 			look = time.After(max(10*time.Millisecond, min(after/10, idleLook)))
 		}
@@ -378,7 +389,7 @@ type idleness struct {
 
 func (i *idleness) look(m *Master) time.Duration {
 	last := m.lastClient.Load()
-	if m.serving.Load() > 0 || last != i.last || len(m.pool.List()) > 0 {
+	if m.clientsNow() > 0 || last != i.last || len(m.pool.List()) > 0 {
 		i.since, i.last = time.Now(), last
 	}
 	return time.Since(i.since)

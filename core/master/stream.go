@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -27,6 +28,9 @@ func (p *pipes) Write(b []byte) (int, error) {
 	p.outSize.carried(p.out, n)
 	return n, err
 }
+
+// SyscallConn implements syscall.Conn: of what is read from.
+func (p *pipes) SyscallConn() (syscall.RawConn, error) { return p.in.SyscallConn() }
 
 // Close closes both pipes: ssh ends only when its own stdout pipe, our out, gives EOF.
 func (p *pipes) Close() error {

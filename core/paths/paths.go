@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// Names of files. The first three are sockets in Dirs.Runtime, or in the directory that Dirs.Published names; the
-// next three are in Dirs.State, the rest in Dirs.Run.
+// Names of files. The first two are sockets in Dirs.Runtime, or in the directory that Dirs.Published names; the third is in
+// a directory there, of which each master with plugins has one; the next three are in Dirs.State, the rest in Dirs.Run.
 const (
 	MuxSocket     = "muxproxy.sock" // bridges
 	ControlSocket = "control.sock"  // commands

@@ -18,7 +18,20 @@ type Listener struct {
 	*net.UnixListener
 	path   string
 	file   os.FileInfo
+	kept   bool // the name is somebody else's
 	closed atomic.Bool
+}
+
+// Adopt makes a Listener of one that another process has made at path, which the caller no longer uses. kept says that its
+// name stays when it is closed.
+func Adopt(l *net.UnixListener, path string, kept bool) (*Listener, error) {
+	l.SetUnlinkOnClose(false)
+	fi, err := os.Lstat(path)
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("a socket that was passed on: %w", err)
+	}
+	return &Listener{UnixListener: l, path: path, file: fi, kept: kept}, nil
 }
 
 // Listen makes a Unix socket of this name, mode 0600, in a directory that the caller has checked. A socket that nobody
@@ -64,11 +77,16 @@ func (l *Listener) Present() bool {
 // Path is the socket's whole path, which may be longer than what Addr can hold.
 func (l *Listener) Path() string { return l.path }
 
-// Close stops listening and removes the name if it still leads to this socket. Connections stay.
+// Close stops listening and removes the name if it still leads to this socket and is ours. Connections stay.
 func (l *Listener) Close() error {
-	if l.Present() {
+	if l.Present() && !l.kept {
 		os.Remove(l.path) // if that fails, the next Listen removes it
 	}
+	return l.Leave()
+}
+
+// Leave stops listening here, for another process that listens on the same socket. Connections stay.
+func (l *Listener) Leave() error {
 	l.closed.Store(true)
 	return l.UnixListener.Close()
 }

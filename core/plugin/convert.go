@@ -86,26 +86,27 @@ func useFromPB(u *pluginpb.Use) Use {
 	return out
 }
 
-func connectionFromPB(c *pluginpb.Connection) Connection {
+// connectionFromPB is told what blocks there are; see server.value.
+func connectionFromPB(c *pluginpb.Connection, block func(id string) any) Connection {
 	return Connection{
 		ID: c.GetId(), Target: targetFromPB(c.GetTarget()), Lane: c.GetLane(), Up: c.GetUp(), Clients: int(c.GetClients()),
-		Since: timeFromPB(c.GetSince()),
+		Since: timeFromPB(c.GetSince()), Block: block(c.GetBlock()),
 	}
 }
 
-func connectionsFromPB(list []*pluginpb.Connection) []Connection {
+func connectionsFromPB(list []*pluginpb.Connection, block func(id string) any) []Connection {
 	out := make([]Connection, 0, len(list))
 	for c := range slices.Values(list) {
-		out = append(out, connectionFromPB(c))
+		out = append(out, connectionFromPB(c, block))
 	}
 	return out
 }
 
-func eventFromPB(e *pluginpb.Event) Event {
+func eventFromPB(e *pluginpb.Event, block func(id string) any) Event {
 	return Event{
 		Time: timeFromPB(e.GetTime()), Kind: e.GetKind(), ID: e.GetId(), Use: useFromPB(e.GetUse()), Allowed: e.GetAllowed(),
 		By: e.GetBy(), Reason: e.GetReason(), Result: e.GetResult(), ExitCode: e.GetExitCode(), In: e.GetIn(), Out: e.GetOut(),
-		Connection: connectionFromPB(e.GetConnection()), Dropped: e.GetDropped(),
+		Connection: connectionFromPB(e.GetConnection(), block), Dropped: e.GetDropped(),
 	}
 }
 

@@ -2,10 +2,13 @@ package plugin
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"google.golang.org/grpc"
@@ -21,6 +24,15 @@ import (
 // has no block of the plugin, or the gate denied.
 var ErrDenied = errors.New("denied")
 
+// ErrNotFound is what errors of calls about a connection that has ended are, or about a use that is not pending any more.
+var ErrNotFound = errors.New("not found")
+
+// notFound is such an error, with the master's words.
+type notFound string
+
+func (e notFound) Error() string        { return string(e) }
+func (e notFound) Is(target error) bool { return target == ErrNotFound }
+
 // RefusedError is a refusal by the remote server.
 type RefusedError struct {
 	Reason  uint32 // RFC 4254 section 5.1
@@ -29,10 +41,17 @@ type RefusedError struct {
 
 func (e *RefusedError) Error() string { return "refused by the server: " + e.Message }
 
+// LoginError is a login that was refused: by the server, because its host key is not good, or because a person would have
+// had to answer. Another try would end the same until a person has done something.
+type LoginError struct{ Message string }
+
+func (e *LoginError) Error() string { return e.Message }
+
 // Host is the master, as far as policy lets this plugin. It may be used by many goroutines.
 type Host struct {
 	client pluginpb.HostClient
-	stream string // path of the stream socket
+	stream string              // path of the stream socket
+	block  func(id string) any // set by Register
 }
 
 // NewHost returns the master that a Hello names, and what ends the connection to it. It connects when it is first used.
@@ -42,7 +61,8 @@ func NewHost(h Hello) (*Host, func() error, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return &Host{pluginpb.NewHostClient(conn), h.Stream}, conn.Close, nil
+	noBlock := func(string) any { return nil }
+	return &Host{pluginpb.NewHostClient(conn), h.Stream, noBlock}, conn.Close, nil
 }
 
 // token goes with every call. The socket is local, in a directory of this user alone: nothing need be encrypted.
@@ -63,6 +83,8 @@ func hostError(err error) error {
 	switch st.Code() {
 	case codes.PermissionDenied:
 		return fmt.Errorf("%w: %s", ErrDenied, st.Message())
+	case codes.NotFound:
+		return notFound(st.Message())
 	case codes.Canceled:
 		return context.Canceled
 	case codes.DeadlineExceeded:
@@ -74,14 +96,25 @@ func hostError(err error) error {
 // Connections lists the connections to hosts with a block of this plugin. It needs CanList.
 func (h *Host) Connections(ctx context.Context) ([]Connection, error) {
 	r, err := h.client.Connections(ctx, &pluginpb.ConnectionsRequest{})
-	return connectionsFromPB(r.GetConnections()), hostError(err)
+	return connectionsFromPB(r.GetConnections(), h.block), hostError(err)
 }
 
 // Connect returns the connection to a target (HOST, USER@HOST or USER@HOST:PORT, as ssh would be told), which it makes if
-// there is none. Nobody can be asked for a password. It needs CanConnect.
+// there is none. Nobody can be asked for a password: the error is a *LoginError if that, or anything else about the login,
+// is in the way. It needs CanConnect.
 func (h *Host) Connect(ctx context.Context, target string) (Connection, error) {
 	r, err := h.client.Connect(ctx, &pluginpb.ConnectRequest{Target: target})
-	return connectionFromPB(r.GetConnection()), hostError(err)
+	if err == nil && r.GetRefused() != "" {
+		return Connection{}, &LoginError{r.GetRefused()}
+	}
+	return connectionFromPB(r.GetConnection(), h.block), hostError(err)
+}
+
+// Resolve says what a target of Connect means, and which block of this plugin holds for connections to it (as in Block;
+// nil: none), without connecting. It needs CanConnect.
+func (h *Host) Resolve(ctx context.Context, target string) (t Target, block any, err error) {
+	r, err := h.client.Resolve(ctx, &pluginpb.ResolveRequest{Target: target})
+	return targetFromPB(r.GetTarget()), h.block(r.GetBlock()), hostError(err)
 }
 
 // Close ends a connection and all that it carries. It needs CanClose.
@@ -90,10 +123,34 @@ func (h *Host) Close(ctx context.Context, connection uint64) error {
 	return hostError(err)
 }
 
+// Drain lets a connection take no new clients: it ends with its last, at once if there is none. It needs CanClose.
+func (h *Host) Drain(ctx context.Context, connection uint64) error {
+	_, err := h.client.Drain(ctx, &pluginpb.DrainRequest{Connection: connection})
+	return hostError(err)
+}
+
 // Decide answers one of this plugin's own pending uses, by its Request's ID. It needs CanDecide.
 func (h *Host) Decide(ctx context.Context, id string, d Decision) error {
 	_, err := h.client.Decide(ctx, &pluginpb.DecideRequest{Id: id, Decision: d.toPB()})
 	return hostError(err)
+}
+
+// ErrNobody is the error of Ask where nobody can be asked.
+var ErrNobody = errors.New("the client can't ask its person")
+
+// Ask puts a question, one line, to the person at the client of one of this plugin's own pending uses, by its Request's
+// ID, and waits for a yes or a no. The client's own ssh does the asking, on its terminal; it can before it has been let
+// in, that is, for uses of the kind "attach". Else, and where ssh has no terminal or is in BatchMode, the error is
+// ErrNobody. It needs no capability.
+func (h *Host) Ask(ctx context.Context, id, question string) (yes bool, err error) {
+	r, err := h.client.Ask(ctx, &pluginpb.AskRequest{Id: id, Question: question})
+	switch {
+	case err != nil:
+		return false, hostError(err)
+	case r.GetAnswer() == pluginpb.AskResponse_ANSWER_UNSPECIFIED:
+		return false, ErrNobody
+	}
+	return r.GetAnswer() == pluginpb.AskResponse_ANSWER_YES, nil
 }
 
 // Notify shows a line to the clients of a connection. It needs CanNotify.
@@ -160,28 +217,57 @@ type Handover struct {
 	Origin           string // IP:PORT of the socket's peer; may be ""
 	PID              int    // of the process whose stream it is: policy and audit see it as the caller; 0: the plugin
 	Data             []byte // what was already read from the socket, at most 64 KiB
+	// Opened is called when the server has opened the stream, before any of its bytes go to the socket: for what a proxy's
+	// protocol says then. With an error nothing is handed over. It has 10 s. May be nil.
+	Opened func() error
 }
 
 // HandOver is Dial for a stream that the master itself copies to and from socket, a connected stream socket: no byte of
-// it crosses the plugin. socket stays the caller's, who closes it at once. The stream lives without the plugin; wait
-// returns when it has ended, and has to be called.
-func (h *Host) HandOver(ctx context.Context, o Handover, socket syscall.Conn) (wait func(), err error) {
+// it crosses the plugin. socket stays the caller's, who closes it at once. The stream lives without the plugin.
+func (h *Host) HandOver(ctx context.Context, o Handover, socket syscall.Conn) (*Transfer, error) {
 	r, err := h.dial(ctx, &pluginpb.DialRequest{
 		Connection: o.Connection, Network: o.Network, Address: o.Address, Origin: o.Origin, Data: o.Data, Pid: int64(o.PID),
 	})
 	if err != nil {
 		return nil, err
 	}
+	if o.Opened != nil {
+		if err := o.Opened(); err != nil {
+			if c, err := h.redeem(ctx, r, nil); err == nil {
+				c.Close() // and the stream with it
+			}
+			return nil, err
+		}
+	}
 	c, err := h.redeem(ctx, r, socket)
 	if err != nil {
 		return nil, err
 	}
-	return func() {
-		var b [1]byte
-		_, _ = c.Read(b[:]) // EOF is all that comes
-		c.Close()
-	}, nil
+	return &Transfer{conn: c}, nil
 }
+
+// Transfer is a stream that was handed over.
+type Transfer struct {
+	conn    *net.UnixConn
+	in, out atomic.Uint64
+}
+
+// Wait returns when the stream has ended; then Counts says all that it has carried. It has to be called, once.
+func (t *Transfer) Wait() {
+	defer t.conn.Close()
+	var b [16]byte
+	for {
+		if _, err := io.ReadFull(t.conn, b[:]); err != nil {
+			return
+		}
+		t.in.Store(binary.BigEndian.Uint64(b[:]))
+		t.out.Store(binary.BigEndian.Uint64(b[8:]))
+	}
+}
+
+// Counts returns how many bytes went towards the remote host and how many came from it. While Wait waits they are a
+// second old at most.
+func (t *Transfer) Counts() (in, out uint64) { return t.in.Load(), t.out.Load() }
 
 func (h *Host) dial(ctx context.Context, r *pluginpb.DialRequest) (*pluginpb.Ticket, error) {
 	answer, err := h.client.Dial(ctx, r)
@@ -238,7 +324,7 @@ func spend(c *net.UnixConn, id []byte, socket syscall.Conn) error {
 
 // Listen accepts streams on the remote host's side: at host:port (port 0: the server chooses) for network "tcp", at a
 // path for "unix". Closing the listener, or the end of ctx, ends the forward, not the streams. It needs CanListen.
-func (h *Host) Listen(ctx context.Context, connection uint64, network, address string) (net.Listener, error) {
+func (h *Host) Listen(ctx context.Context, connection uint64, network, address string) (*Listener, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	stream, err := h.client.Listen(ctx, &pluginpb.ListenRequest{Connection: connection, Network: network, Address: address})
 	var first *pluginpb.ListenResponse
@@ -249,22 +335,24 @@ func (h *Host) Listen(ctx context.Context, connection uint64, network, address s
 		cancel()
 		return nil, hostError(err)
 	}
-	l := &listener{cancel: cancel, addr: addr{network, first.GetAddress()}, accepted: make(chan *Stream), ended: make(chan struct{})}
+	l := &Listener{cancel: cancel, addr: addr{network, first.GetAddress()}, offers: make(chan *Offer), ended: make(chan struct{})}
 	go l.run(ctx, h, stream)
 	return l, nil
 }
 
-type listener struct {
-	cancel   context.CancelFunc
-	addr     addr
-	accepted chan *Stream
-	once     sync.Once
-	ended    chan struct{} // closed when run has ended
-	err      error         // why; read after ended
+// Listener is a remote forward.
+type Listener struct {
+	cancel context.CancelFunc
+	addr   addr
+	offers chan *Offer
+	once   sync.Once
+	ended  chan struct{} // closed when run has ended
+	err    error         // why; read after ended
 }
 
-// run redeems tickets until the forward ends: a ticket doesn't last until somebody calls Accept.
-func (l *listener) run(ctx context.Context, h *Host, stream grpc.ServerStreamingClient[pluginpb.ListenResponse]) {
+var _ net.Listener = (*Listener)(nil)
+
+func (l *Listener) run(ctx context.Context, h *Host, stream grpc.ServerStreamingClient[pluginpb.ListenResponse]) {
 	defer close(l.ended)
 	defer l.cancel()
 	for {
@@ -273,23 +361,31 @@ func (l *listener) run(ctx context.Context, h *Host, stream grpc.ServerStreaming
 			l.err = hostError(err)
 			return
 		}
-		c, err := h.redeem(ctx, r.GetAccepted().GetTicket(), nil)
-		if err != nil {
-			continue // this one ticket was of no use; the stream says when all is over
-		}
-		s := &Stream{c, l.addr, addr{l.addr.network, r.GetAccepted().GetOrigin()}}
 		select {
-		case l.accepted <- s:
+		case l.offers <- &Offer{h, r.GetAccepted().GetTicket(), l.addr, r.GetAccepted().GetOrigin()}:
 		case <-ctx.Done():
-			s.Close()
 		}
 	}
 }
 
-func (l *listener) Accept() (net.Conn, error) {
+// Accept returns the next stream, which the caller closes.
+func (l *Listener) Accept() (net.Conn, error) {
+	for {
+		o, err := l.AcceptOffer()
+		if err != nil {
+			return nil, err
+		}
+		if s, err := o.Stream(context.Background()); err == nil {
+			return s, nil
+		} // else it is too old, or has ended; the next one may not be
+	}
+}
+
+// AcceptOffer is Accept for a stream that need not cross the plugin.
+func (l *Listener) AcceptOffer() (*Offer, error) {
 	select {
-	case c := <-l.accepted:
-		return c, nil
+	case o := <-l.offers:
+		return o, nil
 	case <-l.ended:
 		if errors.Is(l.err, context.Canceled) {
 			return nil, net.ErrClosed
@@ -298,13 +394,48 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-func (l *listener) Close() error {
+// Close ends the forward.
+func (l *Listener) Close() error {
 	l.once.Do(l.cancel)
 	<-l.ended
 	return nil
 }
 
-func (l *listener) Addr() net.Addr { return l.addr }
+// Addr is what the server listens on.
+func (l *Listener) Addr() net.Addr { return l.addr }
+
+// Offer is a stream that somebody has opened at a Listener. One of its methods is called once, within 10 s.
+type Offer struct {
+	host   *Host
+	ticket *pluginpb.Ticket
+	addr   addr
+	Origin string // where the server says that the stream comes from: IP:PORT, or ""
+}
+
+// Stream takes the stream; the caller closes it.
+func (o *Offer) Stream(ctx context.Context) (*Stream, error) {
+	c, err := o.host.redeem(ctx, o.ticket, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &Stream{c, o.addr, addr{o.addr.network, o.Origin}}, nil
+}
+
+// HandOver has the master itself copy the stream to and from socket, as Host.HandOver does.
+func (o *Offer) HandOver(ctx context.Context, socket syscall.Conn) (*Transfer, error) {
+	c, err := o.host.redeem(ctx, o.ticket, socket)
+	if err != nil {
+		return nil, err
+	}
+	return &Transfer{conn: c}, nil
+}
+
+// Refuse closes the stream.
+func (o *Offer) Refuse(ctx context.Context) {
+	if s, err := o.Stream(ctx); err == nil {
+		s.Close()
+	}
+}
 
 // Authorized returns interceptors that turn away calls without the token, of every service.
 func Authorized(token string) []grpc.ServerOption {

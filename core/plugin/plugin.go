@@ -27,8 +27,16 @@ type Plugin interface {
 	Describe() Info
 	// Configure brings the whole configuration: once before any hook is called, and again when the policy has changed.
 	// Values have been read into the structs of Info. If it returns an error the plugin goes on with what it had before,
-	// so it checks first and keeps then. Blocks that hooks get are kept by this package.
+	// so it checks first and keeps then. Blocks that hooks get are kept by this package. The policy is not in force yet,
+	// and what c.Host is asked meanwhile is judged by the one before: what has to be done waits for the event "policy".
 	Configure(ctx context.Context, c *Config) Diagnostics
+}
+
+// Checker looks at a configuration without taking it. Without it `muxproxy config check` finds only what the schema and the
+// types of Info's structs tell, and the rest is found when the policy comes into force.
+type Checker interface {
+	// Check returns what Configure would, and does nothing else.
+	Check(ctx context.Context, c *Config) Diagnostics
 }
 
 // Authorizer judges uses before they happen.
@@ -117,6 +125,7 @@ type Block struct {
 	Value any
 	// Hosts are the labels of the host block that it is in.
 	Hosts []string
+	Pos   string // FILE:LINE of it, for a person; may be ""
 }
 
 // Target is what a client asked for.
@@ -161,7 +170,8 @@ type Use struct {
 type Request struct {
 	ID    string // names it for Host.Decide, and for people in `muxproxy allow`
 	Use   Use
-	Block any // the value of the block that holds for it, as in Block
+	Block any    // the value of the block that holds for it, as in Block
+	Pos   string // of that block
 
 	waiting func(waiting)
 }
@@ -174,7 +184,11 @@ type waiting struct {
 // Waiting says that a person is being asked. message is what the person at the client is told; answerable, whether
 // `muxproxy allow` and `muxproxy deny` may answer too: then ctx ends. It may be called again with something else to say.
 // That it goes on is said by this package for as long as Authorize has not returned.
-func (r *Request) Waiting(message string, answerable bool) { r.waiting(waiting{message, answerable}) }
+func (r *Request) Waiting(message string, answerable bool) {
+	if r.waiting != nil { // nil in a Request that a test has made
+		r.waiting(waiting{message, answerable})
+	}
+}
 
 // Decision is the answer to a Request. The zero Decision is none.
 type Decision struct {
@@ -208,22 +222,24 @@ type Connection struct {
 	Up      bool
 	Clients int
 	Since   time.Time
+	// Block is the value of the block that holds for it, as in Block; nil if there is none, or if policy has just changed.
+	Block any
 }
 
 // Idle is a connection without clients.
 type Idle struct {
-	Connection Connection
-	Block      any       // the value of the block that holds for it
-	Since      time.Time // when the last client left
+	Connection Connection // its Block is never nil
+	Since      time.Time  // when the last client left
 }
 
 // Event is something that happened.
 type Event struct {
 	Time time.Time
 	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
-	// or "wake" of the machine. More may come.
+	// or "wake" of the machine; "policy": the configuration that Configure brought last is in force; "answered":
+	// `muxproxy allow` or `deny` has answered one of the plugin's own pending uses. More may come.
 	Kind       string
-	ID         string // joins the two records of a use
+	ID         string // joins the two records of a use; of "answered", the Request's
 	Use        Use
 	Allowed    bool
 	By, Reason string // of a denial; Reason also of "down"

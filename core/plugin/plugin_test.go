@@ -12,7 +12,7 @@ import (
 
 type sample struct {
 	Text   string            `hcl:"text" words:"a,b" sensitive:"true" doc:"what"`
-	Clock  string            `hcl:"clock,optional" default:"08:00" format:"clock"`
+	Clock  string            `hcl:"clock,optional" default:"08:00" format:"clock" words:""`
 	Wait   time.Duration     `hcl:"wait,optional"`
 	Port   uint16            `hcl:"port,optional" default:"22"`
 	On     bool              `hcl:"on,optional"`
@@ -52,7 +52,7 @@ func TestSchema(t *testing.T) {
 		}
 		if err := json.Unmarshal([]byte(`{"attributes":[
 			{"name":"text","type":"\"string\"","required":true,"doc":"what","sensitive":true,"words":["a","b"]},
-			{"name":"clock","type":"\"string\"","default":"\"08:00\"","format":"clock"},
+			{"name":"clock","type":"\"string\"","default":"\"08:00\"","format":"clock","words":[""]},
 			{"name":"wait","type":"\"string\"","default":"\"0s\"","format":"duration"},
 			{"name":"port","type":"\"number\"","default":"22"},
 			{"name":"on","type":"\"bool\""},

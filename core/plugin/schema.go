@@ -19,7 +19,8 @@ var durationType = reflect.TypeFor[time.Duration]()
 // slice of structs: one for each block of that name). Other fields are left alone. Attributes are strings, bools, whole
 // or floating numbers, time.Durations (written "90s", "10m"), slices of these but for the last, and maps from string to
 // them. More tags: `default` (text of a string or duration, JSON of all else; makes it optional), `doc`, `format`
-// ("clock", "path", "sha256"), `words` (what a string may be, separated by commas), `sensitive:"true"`.
+// ("clock", "path", "sha256"), `words` (what a string may be, besides what its format allows, separated by commas; `words:""`
+// is the empty string), `sensitive:"true"`.
 func Schema(v any) (*pluginpb.Schema, error) {
 	if v == nil {
 		return nil, nil
@@ -122,7 +123,7 @@ func attribute(f field) (*pluginpb.Attribute, error) {
 	if f.Type == durationType {
 		a.Format = "duration"
 	}
-	if words := f.Tag.Get("words"); words != "" {
+	if words, ok := f.Tag.Lookup("words"); ok {
 		a.Words = strings.Split(words, ",")
 	}
 	text, ok := f.Tag.Lookup("default")

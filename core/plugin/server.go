@@ -26,7 +26,11 @@ func Register(s grpc.ServiceRegistrar, p Plugin, host *Host, log zerolog.Logger)
 	if err != nil {
 		return fmt.Errorf("plugin %s: %w", info.Name, err)
 	}
-	pluginpb.RegisterPluginServer(s, &server{p: p, info: info, described: described, host: host, log: log})
+	srv := &server{p: p, info: info, described: described, host: host, log: log}
+	if host != nil {
+		host.block = srv.value
+	}
+	pluginpb.RegisterPluginServer(s, srv)
 	return nil
 }
 
@@ -41,9 +45,9 @@ type server struct {
 	configuring sync.Mutex // held for a whole Configure
 
 	mu sync.Mutex // guards what follows
-	// blocks are the values of host blocks by id. Those of the configuration before are kept for the uses that were being
-	// decided when it changed.
-	blocks, before map[string]any
+	// blocks are the host blocks by id. Those of the configuration before are kept for the uses that were being decided when
+	// it changed.
+	blocks, before map[string]Block
 }
 
 func (s *server) Describe(context.Context, *pluginpb.DescribeRequest) (*pluginpb.DescribeResponse, error) {
@@ -53,27 +57,7 @@ func (s *server) Describe(context.Context, *pluginpb.DescribeRequest) (*pluginpb
 func (s *server) Configure(ctx context.Context, r *pluginpb.ConfigureRequest) (*pluginpb.ConfigureResponse, error) {
 	s.configuring.Lock()
 	defer s.configuring.Unlock()
-	c := &Config{Host: s.host, Log: s.log}
-	blocks := map[string]any{}
-	var ds Diagnostics
-	for _, b := range r.GetBlocks() {
-		like := s.info.Host
-		if b.GetKind() == pluginpb.Block_KIND_PLUGIN {
-			like = s.info.Plugin
-		}
-		value, bad := decode(b.GetValue(), like)
-		block := Block{id: b.GetId(), Value: value, Hosts: b.GetHosts()}
-		for _, e := range bad {
-			ds = append(ds, block.Errorf(e.path, "%s", e.text))
-		}
-		switch b.GetKind() {
-		case pluginpb.Block_KIND_PLUGIN:
-			c.Plugin = block
-		case pluginpb.Block_KIND_HOST:
-			blocks[block.id] = value
-			c.Hosts = append(c.Hosts, block)
-		}
-	}
+	c, blocks, ds := s.read(r)
 	if !ds.HasErrors() {
 		ds = append(ds, s.p.Configure(ctx, c)...)
 	}
@@ -85,15 +69,54 @@ func (s *server) Configure(ctx context.Context, r *pluginpb.ConfigureRequest) (*
 	return &pluginpb.ConfigureResponse{Diagnostics: diagnosticsToPB(ds)}, nil
 }
 
-func (s *server) block(id string) (any, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, blocks := range []map[string]any{s.blocks, s.before} {
-		if v, ok := blocks[id]; ok {
-			return v, nil
+func (s *server) Check(ctx context.Context, r *pluginpb.ConfigureRequest) (*pluginpb.ConfigureResponse, error) {
+	c, _, ds := s.read(r)
+	if p, ok := s.p.(Checker); ok && !ds.HasErrors() {
+		ds = append(ds, p.Check(ctx, c)...)
+	}
+	return &pluginpb.ConfigureResponse{Diagnostics: diagnosticsToPB(ds)}, nil
+}
+
+// read reads a configuration, and the host blocks by id.
+func (s *server) read(r *pluginpb.ConfigureRequest) (c *Config, blocks map[string]Block, ds Diagnostics) {
+	c = &Config{Host: s.host, Log: s.log}
+	blocks = map[string]Block{}
+	for _, b := range r.GetBlocks() {
+		like := s.info.Host
+		if b.GetKind() == pluginpb.Block_KIND_PLUGIN {
+			like = s.info.Plugin
+		}
+		value, bad := decode(b.GetValue(), like)
+		block := Block{id: b.GetId(), Value: value, Hosts: b.GetHosts(), Pos: b.GetPos()}
+		for _, e := range bad {
+			ds = append(ds, block.Errorf(e.path, "%s", e.text))
+		}
+		switch b.GetKind() {
+		case pluginpb.Block_KIND_PLUGIN:
+			c.Plugin = block
+		case pluginpb.Block_KIND_HOST:
+			blocks[block.id] = block
+			c.Hosts = append(c.Hosts, block)
 		}
 	}
-	return nil, status.Errorf(codes.NotFound, "no block %q in the configuration", id)
+	return c, blocks, ds
+}
+
+func (s *server) block(id string) (Block, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, blocks := range []map[string]Block{s.blocks, s.before} {
+		if b, ok := blocks[id]; ok {
+			return b, nil
+		}
+	}
+	return Block{}, status.Errorf(codes.NotFound, "no block %q in the configuration", id)
+}
+
+// value is block where nil is good enough.
+func (s *server) value(id string) any {
+	b, _ := s.block(id)
+	return b.Value
 }
 
 func (s *server) Authorize(r *pluginpb.AuthorizeRequest, stream grpc.ServerStreamingServer[pluginpb.AuthorizeResponse]) error {
@@ -110,12 +133,15 @@ func (s *server) Authorize(r *pluginpb.AuthorizeRequest, stream grpc.ServerStrea
 	done := make(chan Decision, 1)
 	// It ends when Authorize does, which may be after this call; nothing waits for it then.
 	go func() {
-		done <- a.Authorize(ctx, &Request{ID: r.GetId(), Use: useFromPB(r.GetUse()), Block: block, waiting: func(w waiting) {
-			select {
-			case waits <- w:
-			case <-ctx.Done():
-			}
-		}})
+		done <- a.Authorize(ctx, &Request{
+			ID: r.GetId(), Use: useFromPB(r.GetUse()), Block: block.Value, Pos: block.Pos,
+			waiting: func(w waiting) {
+				select {
+				case waits <- w:
+				case <-ctx.Done():
+				}
+			},
+		})
 	}()
 	beat := time.NewTicker(heartbeat)
 	defer beat.Stop()
@@ -145,11 +171,10 @@ func (s *server) Retain(ctx context.Context, r *pluginpb.RetainRequest) (*plugin
 	if !ok {
 		return nil, status.Error(codes.Unimplemented, "no Retain")
 	}
-	block, err := s.block(r.GetBlock())
-	if err != nil {
+	if _, err := s.block(r.GetConnection().GetBlock()); err != nil {
 		return nil, err
 	}
-	until := p.Retain(ctx, &Idle{connectionFromPB(r.GetConnection()), block, timeFromPB(r.GetIdleSince())})
+	until := p.Retain(ctx, &Idle{connectionFromPB(r.GetConnection(), s.value), timeFromPB(r.GetIdleSince())})
 	return &pluginpb.RetainResponse{Until: timeToPB(until)}, nil
 }
 
@@ -166,7 +191,7 @@ func (s *server) Observe(stream grpc.ClientStreamingServer[pluginpb.Event, plugi
 		if err != nil {
 			return err
 		}
-		o.Observe(stream.Context(), eventFromPB(e))
+		o.Observe(stream.Context(), eventFromPB(e, s.value))
 	}
 }
 

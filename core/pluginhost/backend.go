@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -60,15 +61,19 @@ type Listener interface {
 }
 
 // Backend is the master, as plugins reach it. That the plugin has the capability and that the host has a block of it is
-// checked before. Denials by the gate come as *use.Denied; other errors are a line for a person. All may be called by many
+// checked before. Denials by the gate come as *use.Denied, and what is about a connection that has ended is a pool.ErrGone;
+// other errors are a line for a person. All may be called by many
 // goroutines at once.
 type Backend interface {
 	Connections() []Connection
 	// Resolve says what a target (HOST, USER@HOST or USER@HOST:PORT) means, as for ssh.
 	Resolve(ctx context.Context, target string) (use.Target, error)
-	// Connect returns the connection to t, which is made if there is none. Nobody can be asked anything.
+	// Connect returns the connection to t, which is made if there is none. Nobody can be asked anything; a refused login is a
+	// pool.ErrRefused.
 	Connect(ctx context.Context, by Actor, t use.Target) (Connection, error)
 	Close(ctx context.Context, by Actor, connection uint64) error
+	// Drain lets a connection take no new clients; it ends with its last, at once if there is none.
+	Drain(ctx context.Context, by Actor, connection uint64) error
 	Dial(ctx context.Context, by Actor, d Dial) (Stream, error)
 	// Listen starts a forward; ctx is for that only.
 	Listen(ctx context.Context, by Actor, connection uint64, network, address string) (Listener, error)
@@ -76,4 +81,23 @@ type Backend interface {
 	Record(by Actor, event, target, detail string)
 	// Notify shows a line, which is escaped, to the clients of a connection.
 	Notify(ctx context.Context, by Actor, connection uint64, line string) error
+}
+
+// nowhere is the Backend where there is no master: plugins are only asked what they are.
+type nowhere struct{}
+
+var errNowhere = errors.New("there is no master here")
+
+func (nowhere) Connections() []Connection                           { return nil }
+func (nowhere) Resolve(context.Context, string) (use.Target, error) { return use.Target{}, errNowhere }
+func (nowhere) Close(context.Context, Actor, uint64) error          { return errNowhere }
+func (nowhere) Drain(context.Context, Actor, uint64) error          { return errNowhere }
+func (nowhere) Dial(context.Context, Actor, Dial) (Stream, error)   { return nil, errNowhere }
+func (nowhere) Notify(context.Context, Actor, uint64, string) error { return errNowhere }
+func (nowhere) Record(Actor, string, string, string)                {}
+func (nowhere) Connect(context.Context, Actor, use.Target) (Connection, error) {
+	return Connection{}, errNowhere
+}
+func (nowhere) Listen(context.Context, Actor, uint64, string, string) (Listener, error) {
+	return nil, errNowhere
 }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/pool"
@@ -33,7 +34,9 @@ type Pending struct {
 // pending is one, with what answers it. Its fields are guarded by Manager.mu.
 type pending struct {
 	Pending
-	answer func(d *use.Denied) // nil allows; only the first answer counts
+	answer func(d *use.Denied) bool // nil allows; false: it has been answered before
+	told   func(allowed bool)       // tells the plugin that a person has answered
+	person use.Person               // at the client; nil: nobody can be asked
 }
 
 // ErrNotPending is the error of Decide for an ID that is not, or no longer, waiting.
@@ -68,7 +71,9 @@ func (m *Manager) Decide(id string, allow bool, reason string) error {
 	if !allow {
 		d = &use.Denied{By: p.Plugin, Reason: cmp.Or(use.Printable(reason), "denied by `muxproxy deny`")}
 	}
-	p.answer(d)
+	if p.answer(d) {
+		p.told(allow)
+	}
 	return nil
 }
 
@@ -84,14 +89,45 @@ func (m *Manager) decideOwn(plugin, id string, d *use.Denied) error {
 	return nil
 }
 
-// Check is a use.Check: it asks the plugins that have a block for u. First those that ask nobody, all at once; then one
-// after another those that ask a person. Any denial counts, and any failure does unless the policy says otherwise; what
-// one plugin allows another can still deny.
+// askOwn puts a plugin's question to the person at the client of its own pending use. The error is use.ErrNobody if that
+// can't be.
+func (m *Manager) askOwn(ctx context.Context, plugin, id, question string) (yes bool, err error) {
+	m.mu.Lock()
+	p := m.pending[id]
+	m.mu.Unlock()
+	switch {
+	case p == nil || p.Plugin != plugin:
+		return false, ErrNotPending
+	case p.person == nil:
+		return false, use.ErrNobody
+	}
+	return p.person(ctx, plugin+": "+use.Printable(clip(question, 2000)))
+}
+
+// Check is a use.Check: it asks the policy in force, and then the plugins that have a block for u. First those that ask
+// nobody, all at once; then one after another those that ask a person. Any denial counts, and any failure does unless the
+// policy says otherwise; what one plugin allows another can still deny.
 func (m *Manager) Check(ctx context.Context, u use.Use, say func(string)) *use.Denied {
 	if say == nil {
 		say = func(string) {}
 	}
-	s := m.set()
+	for {
+		s := m.set()
+		d := s.check(ctx, u, say)
+		if d != nil || ctx.Err() != nil || s == m.set() {
+			return d
+		}
+		// Another policy has come into force meanwhile: what is only about to happen is its to judge.
+	}
+}
+
+func (s *Set) check(ctx context.Context, u use.Use, say func(string)) *use.Denied {
+	if s.lookup == nil {
+		return &use.Denied{By: "policy", Reason: "no policy is in force"}
+	}
+	if d := s.lookup.Deny(u); d != nil {
+		return d
+	}
 	type question struct {
 		p     *supervised
 		block string
@@ -107,6 +143,7 @@ func (m *Manager) Check(ctx context.Context, u use.Use, say func(string)) *use.D
 		case denied != nil:
 			return denied
 		case block == "":
+		case d != nil && d.AsksPerson && answers(u): // or whoever wants to answer would be asked first
 		case d != nil && d.AsksPerson:
 			asking = append(asking, question{p, block})
 		default:
@@ -145,6 +182,12 @@ func (m *Manager) Check(ctx context.Context, u use.Use, say func(string)) *use.D
 	return nil
 }
 
+// answers reports whether a use is the answer to a question of a plugin.
+func answers(u use.Use) bool { return u.Kind == use.Control && (u.Name == "allow" || u.Name == "deny") }
+
+// mends reports whether a use is what a person does about a plugin that has failed.
+func mends(u use.Use) bool { return u.Kind == use.Control && u.Name == "reload" || use.TakesAway(u) }
+
 var (
 	errLate     = errors.New("it does not answer in time")
 	errAnswered = errors.New("somebody has decided")
@@ -154,7 +197,7 @@ var (
 func (s *supervised) authorize(ctx context.Context, u use.Use, block string, say func(string)) *use.Denied {
 	inst, why := s.up()
 	if inst == nil {
-		return s.onFailure("it does not run: " + why)
+		return s.onFailure(u, "it does not run: "+why)
 	}
 	outer := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -164,12 +207,20 @@ func (s *supervised) authorize(ctx context.Context, u use.Use, block string, say
 	var once sync.Once
 	q := &pending{
 		Pending: Pending{ID: strings.ToLower(rand.Text()[:8]), Plugin: s.spec.Name, Use: u, Since: time.Now()},
-		answer: func(d *use.Denied) {
+		answer: func(d *use.Denied) (first bool) {
 			once.Do(func() {
-				answer = d
+				answer, first = d, true
 				cancel(errAnswered)
 			})
+			return first
 		},
+		person: use.PersonAt(ctx),
+	}
+	observes := s.description().hook("observe") && s.has(plugin.CanObserve)
+	q.told = func(allowed bool) {
+		if observes {
+			s.events.add(&pluginpb.Event{Time: timeToPB(time.Now()), Kind: "answered", Id: q.ID, Allowed: allowed})
+		}
 	}
 	s.m.mu.Lock()
 	s.m.pending[q.ID] = q
@@ -199,9 +250,12 @@ func (s *supervised) authorize(ctx context.Context, u use.Use, block string, say
 				say(s.spec.Name + ": " + message)
 			}
 		case *pluginpb.AuthorizeResponse_Decision:
-			return s.decided(a.Decision)
+			if d, ok := s.decided(a.Decision); ok {
+				return d
+			}
+			return s.onFailure(u, "it gives an answer that is none")
 		default:
-			return s.onFailure("it gives an answer that is none")
+			return s.onFailure(u, "it gives an answer that is none")
 		}
 	}
 	switch cause := context.Cause(ctx); {
@@ -210,31 +264,32 @@ func (s *supervised) authorize(ctx context.Context, u use.Use, block string, say
 	case outer.Err() != nil:
 		return &use.Denied{By: s.spec.Name, Reason: "whoever asked left before the decision"}
 	case cause != nil:
-		return s.onFailure(cause.Error())
+		return s.onFailure(u, cause.Error())
 	case status.Code(err) == codes.NotFound:
-		return s.onFailure("it does not know the block, while policy is being read anew")
+		// It may have got the next policy already, which is about to come into force: no failure to make light of.
+		return &use.Denied{By: s.spec.Name, Reason: "it does not know its block of the policy in force", Hint: "try again"}
 	}
-	return s.onFailure(pluginrun.CallError(err).Error())
+	return s.onFailure(u, pluginrun.CallError(err).Error())
 }
 
-// decided is a plugin's decision.
-func (s *supervised) decided(d *pluginpb.Decision) *use.Denied {
+// decided is a plugin's decision; false: it is none.
+func (s *supervised) decided(d *pluginpb.Decision) (*use.Denied, bool) {
 	switch d.GetVerdict() {
 	case pluginpb.Decision_VERDICT_ALLOW, pluginpb.Decision_VERDICT_NO_OPINION:
-		return nil
+		return nil, true
 	case pluginpb.Decision_VERDICT_DENY:
 		return &use.Denied{
 			By: s.spec.Name, Reason: cmp.Or(use.Printable(clip(d.GetReason(), 500)), "no reason given"),
 			Hint: use.Printable(clip(d.GetHint(), 500)),
-		}
+		}, true
 	}
-	return s.onFailure("it gives an answer that is none")
+	return nil, false
 }
 
 // onFailure is what counts instead of an answer.
-func (s *supervised) onFailure(why string) *use.Denied {
+func (s *supervised) onFailure(u use.Use, why string) *use.Denied {
 	s.mu.Lock()
-	allow := s.spec.AllowOnFailure
+	allow := s.policy.AllowOnFailure || mends(u)
 	s.mu.Unlock()
 	why = use.Printable(why)
 	s.log.Warn().Str("error", why).Bool("allowed", allow).Msg("plugin did not decide")
@@ -255,8 +310,9 @@ func (m *Manager) Retain(ctx context.Context, c pool.ConnInfo) time.Time {
 	s := m.set()
 	ctx, cancel := context.WithTimeout(ctx, m.o.Timing.First)
 	defer cancel()
-	var until time.Time
-	for _, p := range s.plugins {
+	answers := make([]time.Time, len(s.plugins))
+	var asking sync.WaitGroup
+	for i, p := range s.plugins {
 		if d := p.description(); d == nil || !d.hook("retain") {
 			continue
 		}
@@ -268,25 +324,27 @@ func (m *Manager) Retain(ctx context.Context, c pool.ConnInfo) time.Time {
 		if block == "" {
 			continue
 		}
+		now := time.Now()
 		request := &pluginpb.RetainRequest{
 			Connection: connectionToPB(Connection{
-				ID: c.ID, Target: c.Target, Lane: c.Lane, Up: c.State == pool.Up, Clients: c.Clients, Since: c.Since,
-			}),
-			Block: block, IdleSince: timeToPB(c.IdleSince),
+				ID: c.ID, Target: c.Target, Lane: c.Lane, Up: c.State == pool.Up, Clients: c.Clients,
+				Since: onWallClock(c.Since, now),
+			}, block),
+			IdleSince: timeToPB(onWallClock(c.IdleSince, now)),
 		}
-		r, err := p.retain(ctx, request)
-		if err != nil {
-			p.log.Warn().Str("error", use.Printable(err.Error())).Str("target", use.Printable(c.Target.String())).
-				Msg("the connection is not kept")
-			continue
-		}
-		if r.GetUntil() != nil {
-			if t := r.GetUntil().AsTime(); t.After(until) {
-				until = t
+		asking.Go(func() { // at once: one that does not run takes all the time there is
+			r, err := p.retain(ctx, request)
+			switch {
+			case err != nil:
+				p.log.Warn().Str("error", use.Printable(err.Error())).Str("target", use.Printable(c.Target.String())).
+					Msg("the connection is not kept")
+			case r.GetUntil() != nil:
+				answers[i] = r.GetUntil().AsTime()
 			}
-		}
+		})
 	}
-	return until
+	asking.Wait()
+	return slices.MaxFunc(append(answers, time.Time{}), time.Time.Compare)
 }
 
 // retain asks a plugin, and asks the next process if one is found to have crashed.

@@ -90,7 +90,7 @@ func blocksToPB(d *Described, blocks []Block) ([]*pluginpb.Block, error) {
 		if err != nil {
 			return fmt.Errorf("its block can't be sent: %w", err)
 		}
-		out = append(out, &pluginpb.Block{Id: b.ID, Kind: kind, Value: value, Hosts: b.Hosts})
+		out = append(out, &pluginpb.Block{Id: b.ID, Kind: kind, Value: value, Hosts: b.Hosts, Pos: utf8(b.Pos)})
 		return nil
 	}
 	for _, b := range blocks {
@@ -160,9 +160,11 @@ func useToPB(u use.Use) *pluginpb.Use {
 	return out
 }
 
-func connectionToPB(c Connection) *pluginpb.Connection {
+// connectionToPB is told the block of the plugin that it is for.
+func connectionToPB(c Connection, block string) *pluginpb.Connection {
 	return &pluginpb.Connection{
 		Id: c.ID, Target: targetToPB(c.Target), Lane: utf8(c.Lane), Up: c.Up, Clients: uint32(c.Clients), Since: timeToPB(c.Since),
+		Block: block,
 	}
 }
 
@@ -179,7 +181,7 @@ func eventToPB(e Event) *pluginpb.Event {
 	}
 	switch {
 	case e.Connection.ID != 0:
-		out.Connection = connectionToPB(e.Connection)
+		out.Connection = connectionToPB(e.Connection, "")
 	case e.Use.Kind != "":
 		out.Use = useToPB(e.Use)
 	}
@@ -190,6 +192,18 @@ func withDropped(e *pluginpb.Event, n uint64) *pluginpb.Event {
 	e = proto.CloneOf(e)
 	e.Dropped = n
 	return e
+}
+
+func withBlock(e *pluginpb.Event, block string) *pluginpb.Event {
+	e = proto.CloneOf(e)
+	e.Connection.Block = block
+	return e
+}
+
+// onWallClock is when something began that has lasted since t (of time.Now), as the wall clock has it by now: time asleep
+// counts, and a clock that was set back since does not make it younger.
+func onWallClock(t, now time.Time) time.Time {
+	return now.Add(-max(now.Sub(t), now.Round(0).Sub(t.Round(0)))).Round(0)
 }
 
 func timeToPB(t time.Time) *timestamppb.Timestamp {

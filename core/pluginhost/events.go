@@ -20,7 +20,7 @@ const maxEvents = 256
 type Event struct {
 	Time time.Time
 	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
-	// or "wake" of the machine.
+	// or "wake" of the machine. "policy" is the Manager's own.
 	Kind string
 	ID   string // joins the two records of a use
 	// Use is set for the first two kinds, Connection for the next two.
@@ -53,7 +53,30 @@ func (m *Manager) Observe(e Event) {
 		if wire == nil {
 			wire = eventToPB(e)
 		}
-		p.events.add(wire)
+		if e.Connection.ID != 0 {
+			p.events.add(withBlock(wire, s.block(p.spec.Name, e.Connection.Target)))
+		} else {
+			p.events.add(wire)
+		}
+	}
+}
+
+// block is the plugin's block that holds for connections to t; "" if there is none, or it can't be evaluated.
+func (s *Set) block(plugin string, t use.Target) string {
+	if s.lookup == nil {
+		return ""
+	}
+	id, denied := s.lookup.Block(plugin, use.Use{Target: t})
+	if denied != nil {
+		return ""
+	}
+	return id
+}
+
+// tellPolicy tells a plugin that its configuration is in force.
+func (s *supervised) tellPolicy() {
+	if d := s.description(); d != nil && d.hook("observe") && s.has(plugin.CanObserve) {
+		s.events.add(eventToPB(Event{Time: time.Now(), Kind: "policy"}))
 	}
 }
 
@@ -101,6 +124,13 @@ func (q *events) take() (*pluginpb.Event, uint64) {
 	e, lost := q.queue[0], q.lost
 	q.queue, q.lost = q.queue[1:], 0
 	return e, lost
+}
+
+// clear forgets what waits.
+func (q *events) clear() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.queue, q.lost = nil, 0
 }
 
 func (q *events) dropped() uint64 {

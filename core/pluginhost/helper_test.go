@@ -97,6 +97,12 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 		}
 		<-ctx.Done()
 		return plugin.Allow()
+	case "ask-client":
+		yes, err := j.cfg.Host.Ask(ctx, r.ID, "shall I?\x1b")
+		if other, foreign := j.cfg.Host.Ask(ctx, "not-"+r.ID, "?"); other || foreign == nil {
+			return plugin.Deny("asked about a use that is not its own", "")
+		}
+		return plugin.Deny(fmt.Sprint(yes, " ", err), r.Pos)
 	case "silent":
 		<-ctx.Done()
 		return plugin.Allow()
@@ -107,7 +113,7 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 }
 
 func (j *judge) Retain(ctx context.Context, r *plugin.Idle) time.Time {
-	switch r.Block.(*judgeBlock).Do {
+	switch r.Connection.Block.(*judgeBlock).Do {
 	case "keep":
 		return time.Unix(2_000_000_000, 0)
 	case "silent":
@@ -126,8 +132,11 @@ func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Wr
 	h := j.cfg.Host
 	fail := func(err error) int {
 		fmt.Fprintln(stderr, err)
-		if errors.Is(err, plugin.ErrDenied) {
+		switch _, refused := errors.AsType[*plugin.LoginError](err); {
+		case errors.Is(err, plugin.ErrDenied):
 			return 1
+		case refused:
+			return 3
 		}
 		return 255
 	}
@@ -141,15 +150,21 @@ func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Wr
 			return fail(err)
 		}
 		for _, c := range cs {
-			fmt.Fprintln(stdout, c.ID, c.Target)
+			fmt.Fprintln(stdout, c.ID, c.Target, c.Block.(*judgeBlock).Do)
 		}
 	case "connect":
 		c, err := h.Connect(ctx, args[1])
 		if err != nil {
 			return fail(err)
 		}
-		fmt.Fprintln(stdout, c.ID)
-	case "close", "notify", "dial", "handover", "listen", "ticket":
+		fmt.Fprintln(stdout, c.ID, c.Block.(*judgeBlock).Do)
+	case "resolve":
+		t, block, err := h.Resolve(ctx, args[1])
+		if err != nil {
+			return fail(err)
+		}
+		fmt.Fprintln(stdout, t, block.(*judgeBlock).Do)
+	case "close", "drain", "notify", "dial", "handover", "handover-not", "listen", "offer", "ticket":
 		var id uint64
 		fmt.Sscan(args[1], &id)
 		if err := j.stream(ctx, args[0], id, args[2:], stdout); err != nil {
@@ -186,6 +201,8 @@ func (j *judge) stream(ctx context.Context, what string, id uint64, args []strin
 	switch what {
 	case "close":
 		return h.Close(ctx, id)
+	case "drain":
+		return h.Drain(ctx, id)
 	case "notify":
 		return h.Notify(ctx, id, args[0])
 	case "dial":
@@ -199,32 +216,56 @@ func (j *judge) stream(ctx context.Context, what string, id uint64, args []strin
 		_, err = io.Copy(stdout, c)
 		return err
 	case "handover":
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return err
-		}
-		defer l.Close()
-		near, err := net.Dial("tcp", l.Addr().String())
+		near, far, err := tcpPair()
 		if err != nil {
 			return err
 		}
 		defer near.Close()
-		far, err := l.Accept()
-		if err != nil {
-			return err
-		}
 		fmt.Fprint(near, "second")
-		near.(*net.TCPConn).CloseWrite()
-		wait, err := h.HandOver(ctx, plugin.Handover{Connection: id, Network: "tcp", Address: args[0], Data: []byte("first ")},
-			far.(*net.TCPConn))
+		near.CloseWrite()
+		transfer, err := h.HandOver(ctx, plugin.Handover{
+			Connection: id, Network: "tcp", Address: args[0], Data: []byte("first "),
+			Opened: func() error { _, err := fmt.Fprint(far, "open: "); return err },
+		}, far)
 		far.Close()
 		if err != nil {
 			return err
 		}
-		if _, err := io.Copy(stdout, near); err != nil {
+		return carried(transfer, near, stdout)
+	case "handover-not": // what comes before the stream fails
+		near, far, err := tcpPair()
+		if err != nil {
 			return err
 		}
-		wait()
+		defer near.Close()
+		defer far.Close()
+		_, err = h.HandOver(ctx, plugin.Handover{
+			Connection: id, Network: "tcp", Address: args[0], Opened: func() error { return errors.New("not today") },
+		}, far)
+		return err
+	case "offer":
+		l, err := h.Listen(ctx, id, "tcp", args[0])
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		o, err := l.AcceptOffer()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(stdout, o.Origin)
+		near, far, err := tcpPair()
+		if err != nil {
+			return err
+		}
+		defer near.Close()
+		near.CloseWrite()
+		transfer, err := o.HandOver(ctx, far)
+		far.Close()
+		if err != nil {
+			return err
+		}
+		return carried(transfer, near, stdout)
 	case "listen":
 		l, err := h.Listen(ctx, id, "tcp", args[0])
 		if err != nil {
@@ -244,11 +285,45 @@ func (j *judge) stream(ctx context.Context, what string, id uint64, args []strin
 	return nil
 }
 
+// tcpPair returns both ends of a connection; with an error they need not be closed.
+func tcpPair() (near, far *net.TCPConn, err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer l.Close()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := l.Accept()
+	if err != nil {
+		c.Close()
+		return nil, nil, err
+	}
+	return c.(*net.TCPConn), d.(*net.TCPConn), nil
+}
+
+// carried prints what comes out of a stream that was handed over, and what it says to have carried.
+func carried(t *plugin.Transfer, near io.Reader, stdout io.Writer) error {
+	if _, err := io.Copy(stdout, near); err != nil {
+		return err
+	}
+	t.Wait()
+	in, out := t.Counts()
+	fmt.Fprintf(stdout, " (in %d, out %d)", in, out)
+	return nil
+}
+
 func (j *judge) Observe(_ context.Context, e plugin.Event) {
 	if e.Kind == "stall" {
 		select {}
 	}
-	j.cfg.Log.Info().Str("event", e.Kind).Str("host", e.Use.Target.Host).Uint64("dropped", e.Dropped).Msg("observed")
+	host := e.Use.Target.Host
+	if b, ok := e.Connection.Block.(*judgeBlock); ok {
+		host = e.Connection.Target.Host + " " + b.Do
+	}
+	j.cfg.Log.Info().Str("event", e.Kind+e.ID).Str("host", host).Bool("allowed", e.Allowed).Uint64("dropped", e.Dropped).Msg("observed")
 }
 
 func newJudge(name string) *judge {

@@ -19,6 +19,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -84,6 +85,8 @@ func failed(err error) error {
 		return nil
 	case errors.As(err, &denied):
 		code = codes.PermissionDenied
+	case errors.Is(err, pool.ErrGone):
+		code = codes.NotFound
 	case errors.Is(err, context.Canceled):
 		code = codes.Canceled
 	case errors.Is(err, context.DeadlineExceeded):
@@ -99,7 +102,7 @@ func (h *hostService) Connections(context.Context, *pluginpb.ConnectionsRequest)
 	out := &pluginpb.ConnectionsResponse{}
 	for _, c := range h.p.m.o.Backend.Connections() {
 		if h.covers(c.Target) == nil {
-			out.Connections = append(out.Connections, connectionToPB(c))
+			out.Connections = append(out.Connections, connectionToPB(c, h.block(c.Target)))
 		}
 	}
 	return out, nil
@@ -117,10 +120,30 @@ func (h *hostService) Connect(ctx context.Context, r *pluginpb.ConnectRequest) (
 		return nil, err
 	}
 	c, err := h.p.m.o.Backend.Connect(ctx, h.actor(ctx), t)
+	switch {
+	case errors.Is(err, pool.ErrRefused):
+		return &pluginpb.ConnectResponse{Refused: utf8(use.Printable(err.Error()))}, nil
+	case err != nil:
+		return nil, failed(err)
+	}
+	return &pluginpb.ConnectResponse{Connection: connectionToPB(c, h.block(c.Target))}, nil
+}
+
+// block is the plugin's block that holds for connections to t.
+func (h *hostService) block(t use.Target) string { return h.p.m.set().block(h.p.spec.Name, t) }
+
+func (h *hostService) Resolve(ctx context.Context, r *pluginpb.ResolveRequest) (*pluginpb.ResolveResponse, error) {
+	if err := h.may(plugin.CanConnect); err != nil {
+		return nil, err
+	}
+	t, err := h.p.m.o.Backend.Resolve(ctx, r.GetTarget())
 	if err != nil {
 		return nil, failed(err)
 	}
-	return &pluginpb.ConnectResponse{Connection: connectionToPB(c)}, nil
+	if err := h.covers(t); err != nil {
+		return nil, err
+	}
+	return &pluginpb.ResolveResponse{Target: targetToPB(t), Block: h.block(t)}, nil
 }
 
 func (h *hostService) Close(ctx context.Context, r *pluginpb.CloseRequest) (*pluginpb.CloseResponse, error) {
@@ -131,6 +154,16 @@ func (h *hostService) Close(ctx context.Context, r *pluginpb.CloseRequest) (*plu
 		return nil, failed(err)
 	}
 	return &pluginpb.CloseResponse{}, nil
+}
+
+func (h *hostService) Drain(ctx context.Context, r *pluginpb.DrainRequest) (*pluginpb.DrainResponse, error) {
+	if err := h.connection(plugin.CanClose, r.GetConnection()); err != nil {
+		return nil, err
+	}
+	if err := h.p.m.o.Backend.Drain(ctx, h.actor(ctx), r.GetConnection()); err != nil {
+		return nil, failed(err)
+	}
+	return &pluginpb.DrainResponse{}, nil
 }
 
 func knownNetwork(network string) error {
@@ -202,16 +235,27 @@ func (h *hostService) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreaming
 	return err
 }
 
+func (h *hostService) Ask(ctx context.Context, r *pluginpb.AskRequest) (*pluginpb.AskResponse, error) {
+	yes, err := h.p.m.askOwn(ctx, h.p.spec.Name, r.GetId(), r.GetQuestion())
+	switch {
+	case errors.Is(err, use.ErrNobody):
+		return &pluginpb.AskResponse{}, nil
+	case errors.Is(err, ErrNotPending):
+		return nil, status.Error(codes.NotFound, err.Error())
+	case err != nil:
+		return nil, failed(err)
+	case yes:
+		return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_YES}, nil
+	}
+	return &pluginpb.AskResponse{Answer: pluginpb.AskResponse_ANSWER_NO}, nil
+}
+
 func (h *hostService) Decide(_ context.Context, r *pluginpb.DecideRequest) (*pluginpb.DecideResponse, error) {
 	if err := h.may(plugin.CanDecide); err != nil {
 		return nil, err
 	}
-	var d *use.Denied
-	switch r.GetDecision().GetVerdict() {
-	case pluginpb.Decision_VERDICT_ALLOW, pluginpb.Decision_VERDICT_NO_OPINION:
-	case pluginpb.Decision_VERDICT_DENY:
-		d = h.p.decided(r.GetDecision())
-	default:
+	d, ok := h.p.decided(r.GetDecision())
+	if !ok {
 		return nil, status.Error(codes.InvalidArgument, "a decision that is none")
 	}
 	if err := h.p.m.decideOwn(h.p.spec.Name, r.GetId(), d); err != nil {

@@ -20,7 +20,8 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-// Plugin is one plugin that the policy mentions. Two that are equal are the same process over a reload.
+// Plugin is one plugin that the policy mentions. Two that are equal are the same process over a reload, unless the file
+// has changed.
 type Plugin struct {
 	Name    string
 	Path    string // the executable
@@ -42,6 +43,7 @@ type Block struct {
 	ID     string // never used again for another one while the master lives; "": the `plugin` block
 	Plugin string
 	Hosts  []string  // the labels of the host block that it is in
+	Pos    string    // file:line
 	Value  cty.Value // an object
 }
 
@@ -93,6 +95,7 @@ type Problem struct {
 	Block   string   // its ID; "": the `plugin` block
 	Path    cty.Path // into the block's value
 	Pos     string   // file:line of the plugin's block, for what no path leads to
+	Broken  bool     // the plugin fails, whatever its configuration is
 	Text    string
 }
 
@@ -105,8 +108,10 @@ func (p Problem) Error() string {
 	return s
 }
 
-// Lookup is what the policy in force says about plugins. It must not block.
+// Lookup is what the policy in force says. It must not block.
 type Lookup interface {
+	// Deny is what the policy itself has against a use; nil: nothing.
+	Deny(u use.Use) *use.Denied
 	// Block returns the ID of the plugin's block that holds for a use; "" if there is none. One that can't be evaluated is
 	// a denial. For connections, u has a target and nothing else.
 	Block(plugin string, u use.Use) (id string, d *use.Denied)
@@ -126,10 +131,10 @@ type Timing struct {
 
 // Options are what a Manager needs.
 type Options struct {
-	Dir     string // sockets: the master's runtime directory, checked; only one Manager of the user works there
-	State   string // what plugins keep: a directory that is checked, in which "plugins" is made
+	Dir     func() string // where the directory of sockets is made: the master's runtime directory at that moment, checked
+	State   string        // what plugins keep: a directory that is checked, in which "plugins" is made
 	Env     []string
-	Backend Backend
+	Backend Backend // nil: plugins can't do anything
 	Log     zerolog.Logger
 	Timing  Timing
 }
@@ -141,7 +146,7 @@ type Manager struct {
 	streams *streams // nil until a plugin is first mentioned
 
 	mu      sync.Mutex // guards what follows
-	current *Set       // in force; nil: none yet
+	current *Set       // in force
 	closed  bool
 	pending map[string]*pending
 }
@@ -158,14 +163,19 @@ func New(o Options) *Manager {
 			*d.p = d.value
 		}
 	}
-	return &Manager{o: o, pending: map[string]*pending{}}
+	if o.Backend == nil {
+		o.Backend = nowhere{}
+	}
+	m := &Manager{o: o, pending: map[string]*pending{}}
+	m.current = &Set{m: m}
+	return m
 }
 
-// Set is the plugins of one policy.
+// Set is a policy and its plugins.
 type Set struct {
 	m       *Manager
 	plugins []*supervised // in the policy's order
-	lookup  Lookup
+	lookup  Lookup        // nil: not in force yet
 }
 
 // Prepare starts the plugins that do not run yet, all at once, and asks them what they are. The problems are of those that
@@ -177,19 +187,19 @@ func (m *Manager) Prepare(ctx context.Context, list []Plugin) (*Set, []Problem) 
 	if len(list) > 0 {
 		if err := m.open(); err != nil {
 			for _, p := range list {
-				problems = append(problems, Problem{Plugin: p.Name, Pos: p.Pos, Text: use.Printable(err.Error())})
-				s.plugins = append(s.plugins, newSupervised(m, p))
+				sup := newSupervised(m, p)
+				sup.failed(err)
+				problems = append(problems, sup.broken(err))
+				s.plugins = append(s.plugins, sup)
 			}
 			return s, problems
 		}
 	}
-	m.mu.Lock()
-	old := m.current
-	m.mu.Unlock()
+	old := m.set()
 	results := make([][]Problem, len(list))
 	var starting sync.WaitGroup
 	for i, p := range list {
-		if had := old.find(p.Name); had != nil && had.spec.same(p) && had.isUp() {
+		if had := old.find(p.Name); had != nil && had.spec.same(p) && had.isUp() && !had.replaced() {
 			s.plugins = append(s.plugins, had)
 			continue
 		}
@@ -206,15 +216,17 @@ func (m *Manager) Prepare(ctx context.Context, list []Plugin) (*Set, []Problem) 
 
 // find returns the plugin of that name, or nil.
 func (s *Set) find(name string) *supervised {
-	if s == nil {
-		return nil
-	}
 	for _, p := range s.plugins {
 		if p.spec.Name == name {
 			return p
 		}
 	}
 	return nil
+}
+
+// Complete reports whether all plugins could be started.
+func (s *Set) Complete() bool {
+	return !slices.ContainsFunc(s.plugins, func(p *supervised) bool { return p.description() == nil })
 }
 
 // Described returns what the plugins said of themselves, without those that failed.
@@ -230,36 +242,19 @@ func (s *Set) Described() []Described {
 
 // Discard ends what Prepare has started.
 func (s *Set) Discard() {
-	s.m.mu.Lock()
-	old := s.m.current
-	s.m.mu.Unlock()
-	stopAll(s.plugins, old)
+	stopAll(s.plugins, s.m.set())
 }
 
-// Apply configures the plugins, each with its blocks, and puts the Set and lookup in force. A plugin whose `plugin` block
-// is not among blocks gets the defaults. If a problem is no warning, all stays as it was, the plugins that ran get back
-// what they had, and the Set is discarded; unless force says that there is nothing to go back to: then the plugins with
-// problems count as failed.
-func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []Plugin, force bool) []Problem {
-	results := make([][]Problem, len(s.plugins))
-	var configuring sync.WaitGroup
-	for i, p := range s.plugins {
-		var own []Block
-		for _, b := range blocks {
-			if b.Plugin == p.spec.Name {
-				own = append(own, b)
-			}
-		}
-		configuring.Go(func() { results[i] = p.configure(ctx, own) })
-	}
-	configuring.Wait()
-	problems := slices.Concat(results...)
-	bad := slices.ContainsFunc(problems, func(p Problem) bool { return !p.Warning })
-	m := s.m
-	m.mu.Lock()
-	old, closed := m.current, m.closed
-	m.mu.Unlock()
-	if bad && !force || closed {
+// Apply configures the plugins, each with its blocks, and puts the Set and lookup in force, both at once; inForce, which
+// may be nil and must not block, is called in that moment. A plugin whose `plugin` block is not among blocks gets the
+// defaults. If a problem is no warning, all stays as it was, the plugins that ran get back what they had, and the Set is
+// discarded; unless first says that there is nothing to go back to: then plugins that are broken count as failed. InForce is
+// called next.
+func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []Plugin, first bool, inForce func()) []Problem {
+	problems := s.each(blocks, func(p *supervised, own []Block) []Problem { return p.configure(ctx, own) })
+	bad := slices.ContainsFunc(problems, func(p Problem) bool { return !p.Warning && !(first && p.Broken) })
+	old := s.m.set()
+	if bad {
 		for _, p := range s.plugins {
 			if old.find(p.spec.Name) == p {
 				p.restore(ctx)
@@ -272,13 +267,58 @@ func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []
 	for _, p := range s.plugins {
 		p.commit(specs)
 	}
-	m.mu.Lock()
-	m.current = s
-	m.mu.Unlock()
-	if old != nil {
-		stopAll(old.plugins, s)
+	s.m.mu.Lock()
+	closed := s.m.closed
+	s.m.current = s
+	if inForce != nil {
+		inForce()
+	}
+	s.m.mu.Unlock()
+	stopAll(old.plugins, s)
+	if closed { // which has ended those of the Set before
+		stopAll(s.plugins, &Set{})
 	}
 	return problems
+}
+
+// Retire ends the plugins that judge no uses, for good: what they do by themselves another master does now. Streams go on.
+func (m *Manager) Retire() {
+	var retiring sync.WaitGroup
+	for _, p := range m.set().plugins {
+		if d := p.description(); d != nil && !d.hook("authorize") {
+			retiring.Go(p.end)
+		}
+	}
+	retiring.Wait()
+}
+
+// InForce tells the plugins that what Apply has brought counts wherever they may act.
+func (m *Manager) InForce() {
+	for _, p := range m.set().plugins {
+		p.tellPolicy()
+	}
+}
+
+// Check asks the plugins what is wrong with their blocks, and changes nothing.
+func (s *Set) Check(ctx context.Context, blocks []Block) []Problem {
+	return s.each(blocks, func(p *supervised, own []Block) []Problem { return p.check(ctx, own) })
+}
+
+// each has all plugins do something with their blocks, at once, and returns the problems in the plugins' order.
+func (s *Set) each(blocks []Block, do func(p *supervised, own []Block) []Problem) []Problem {
+	results := make([][]Problem, len(s.plugins))
+	var doing sync.WaitGroup
+	for i, p := range s.plugins {
+		var own []Block
+		for _, b := range blocks {
+			if b.Plugin == p.spec.Name {
+				own = append(own, b)
+			}
+		}
+		doing.Go(func() { results[i] = do(p, own) })
+	}
+	doing.Wait()
+	return slices.Concat(results...)
 }
 
 // stopAll ends plugins that are not also in keep.
@@ -292,43 +332,59 @@ func stopAll(list []*supervised, keep *Set) {
 	stopping.Wait()
 }
 
-// Close ends all plugins and their streams. Checks deny from then on as for plugins that have failed.
+// Close ends all plugins, and begins to end their streams. Checks deny from then on as for plugins that have failed.
 func (m *Manager) Close() {
 	m.mu.Lock()
 	m.closed = true
 	s, streams := m.current, m.streams
 	m.mu.Unlock()
-	if s != nil {
-		stopAll(s.plugins, nil)
-	}
+	stopAll(s.plugins, &Set{})
 	if streams != nil {
 		streams.close()
-		os.RemoveAll(streams.dir)
-		if short := filepath.Dir(streams.dir); short != filepath.Clean(m.o.Dir) {
-			os.Remove(short)
-		}
 	}
 }
 
-// open makes the directory of sockets and the stream socket.
+// Wait returns when the streams have ended, after Close. One whose server takes nothing lasts as long as its connection.
+func (m *Manager) Wait() {
+	m.mu.Lock()
+	streams := m.streams
+	m.mu.Unlock()
+	if streams != nil {
+		streams.wait()
+	}
+}
+
+// open makes the sockets' directory and the stream socket, when a plugin is first mentioned.
 func (m *Manager) open() error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.streams != nil {
+	have, closed := m.streams != nil, m.closed
+	m.mu.Unlock()
+	switch {
+	case closed:
+		return errors.New("the master ends")
+	case have:
 		return nil
 	}
-	if m.closed {
-		return errors.New("the master ends")
-	}
-	if m.o.Env == nil {
-		m.o.Env = Environment(os.Getenv)
-	}
-	dir, err := socketDir(m.o.Dir)
+	streams, err := listenStreams(m)
 	if err != nil {
 		return err
 	}
-	m.streams, err = listenStreams(m, dir)
-	return err
+	m.mu.Lock()
+	m.streams, closed = streams, m.closed
+	m.mu.Unlock()
+	if closed {
+		streams.close()
+	}
+	return nil
+}
+
+// again has all plugins started again.
+func (m *Manager) again() {
+	for _, p := range m.set().plugins {
+		if inst, _ := p.up(); inst != nil {
+			inst.Kill()
+		}
+	}
 }
 
 // Environment is what plugins get of the environment: nothing that belongs to one login of several.
@@ -393,13 +449,10 @@ func (m *Manager) List() []Status {
 	return out
 }
 
-// set is what is in force, never nil.
+// set is what is in force.
 func (m *Manager) set() *Set {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.current == nil {
-		return &Set{m: m}
-	}
 	return m.current
 }
 

@@ -66,12 +66,13 @@ func newWorld(t *testing.T, timing Timing) *world {
 	}
 	before := fds(t)
 	w.m = New(Options{
-		Dir: dir, State: filepath.Join(dir, "state"), Backend: w.backend, Timing: timing, Env: []string{"PATH=" + os.Getenv("PATH")},
+		Dir: func() string { return dir }, State: filepath.Join(dir, "state"), Backend: w.backend, Timing: timing, Env: []string{"PATH=" + os.Getenv("PATH")},
 		Log: zerolog.New(w.log),
 	})
 	t.Cleanup(func() {
 		w.m.Close()
 		w.backend.closeAll()
+		w.m.Wait()
 		if t.Failed() {
 			t.Logf("log:\n%s", w.log)
 		}
@@ -124,6 +125,13 @@ func (h hosts) Block(plugin string, u use.Use) (string, *use.Denied) {
 	return "", nil
 }
 
+func (h hosts) Deny(u use.Use) *use.Denied {
+	if h["deny/"+u.Target.Host] {
+		return &use.Denied{By: "policy", Reason: "no"}
+	}
+	return nil
+}
+
 func (h hosts) Covers(plugin string, t use.Target) bool { return h[plugin+"/"+t.Host] }
 
 func lookupOf(blocks []Block) hosts {
@@ -143,9 +151,10 @@ func (w *world) run(specs []Plugin, blocks ...Block) {
 			w.t.Fatal(p.Error())
 		}
 	}
-	if problems := set.Apply(w.t.Context(), blocks, lookupOf(blocks), specs, false); len(problems) > 0 {
+	if problems := set.Apply(w.t.Context(), blocks, lookupOf(blocks), specs, false, nil); len(problems) > 0 {
 		w.t.Fatal(problems)
 	}
+	w.m.InForce()
 }
 
 func target(host string) use.Target { return use.Target{User: "u", Host: host, Port: 22} }
@@ -204,6 +213,9 @@ func TestCheck(t *testing.T) {
 				}
 				d := w.check(kind, "h")
 				want := strings.ReplaceAll(c.want, "KIND", string(kind))
+				if kind == use.CancelForward && (strings.Contains(want, "the plugin failed") || c.name == "one fails, another allows") {
+					want = "" // it only takes away
+				}
 				if (d == nil) != (want == "") || d != nil && !strings.Contains(d.Error(), want) {
 					t.Errorf("%s: %v, want %q", kind, d, want)
 				}
@@ -240,7 +252,7 @@ func TestAway(t *testing.T) {
 		t.Fatalf("%v", problems)
 	}
 	blocks := []Block{block("a", "h", "allow"), block("gone", "g", "allow")}
-	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true); len(problems) > 0 {
+	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true, nil); len(problems) > 0 {
 		t.Fatal(problems)
 	}
 	p := set.find("a")
@@ -254,12 +266,24 @@ func TestAway(t *testing.T) {
 		time.Sleep(time.Millisecond) // polling: supervise has no event for "not up"
 	}
 	for _, kind := range use.Kinds() {
+		if kind == use.CancelForward {
+			continue
+		}
 		if d := w.check(kind, "h"); d == nil || !strings.Contains(d.Error(), "denied by a: the plugin failed: it does not run: it crashed: signal: killed") {
 			t.Errorf("%s: %v", kind, d)
 		}
 		if d := w.check(kind, "g"); d == nil || !strings.Contains(d.Error(), "denied by gone") {
 			t.Errorf("%s: %v", kind, d)
 		}
+	}
+	// What a person does about it, or what only takes away, waits for no plugin.
+	for _, verb := range []string{"reload", "unlock", "close", "stop", "forward remove"} {
+		if d := w.m.Check(t.Context(), use.Use{Kind: use.Control, Name: verb, Target: target("h")}, nil); d != nil {
+			t.Errorf("%s: %v", verb, d)
+		}
+	}
+	if d := w.m.Check(t.Context(), use.Use{Kind: use.CancelForward, Target: target("h")}, nil); d != nil {
+		t.Error(d)
 	}
 	if until := w.m.Retain(shortly(t), conn(1, "h")); !until.IsZero() {
 		t.Errorf("kept until %v without the plugin", until)
@@ -288,7 +312,7 @@ func conn(id uint64, host string) pool.ConnInfo {
 func TestWaiting(t *testing.T) {
 	w := newWorld(t, Timing{First: 20 * time.Second, Heartbeat: 20 * time.Second})
 	s := spec(t, "ask", "")
-	s.May = []string{"decide"}
+	s.May = []string{"decide", "observe"}
 	mute := spec(t, "ask2", "")
 	w.run([]Plugin{s, mute}, block("ask", "h", "wait"), block("ask", "closed", "wait-closed"), block("ask", "own", "decide-own"),
 		block("ask2", "own2", "decide-own"))
@@ -317,9 +341,34 @@ func TestWaiting(t *testing.T) {
 		if err := w.m.Decide(p.ID, true, ""); !errors.Is(err, ErrNotPending) {
 			t.Errorf("a second answer: %v", err)
 		}
+		w.waitLog(fmt.Sprintf(`observed {\"allowed\":%v,\"dropped\":0,\"event\":\"answered%s\"`, allow, p.ID))
+	}
+	// Every kind of use waits.
+	for _, kind := range use.Kinds() {
+		done := make(chan *use.Denied, 1)
+		go func() {
+			done <- w.m.Check(t.Context(), use.Use{Kind: kind, Target: target("h"), Name: "forward add"}, nil)
+		}()
+		var list []Pending
+		for len(list) == 0 {
+			list = w.m.Pending()
+			time.Sleep(time.Millisecond) // polling: no event for a question that is said to nobody
+		}
+		if err := w.m.Decide(list[0].ID, false, "no"); err != nil {
+			t.Fatal(err)
+		}
+		if d := <-done; d == nil || d.Error() != "denied by ask: no" {
+			t.Errorf("%s: %v", kind, d)
+		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	p, done := begin(ctx, "closed")
+	if err := w.m.decideOwn("ask2", p.ID, nil); !errors.Is(err, ErrNotPending) {
+		t.Errorf("decided by another plugin: %v", err)
+	}
+	if _, err := w.m.askOwn(ctx, "ask2", p.ID, "really?"); !errors.Is(err, ErrNotPending) {
+		t.Errorf("asked by another plugin: %v", err)
+	}
 	if err := w.m.Decide(p.ID, true, ""); err == nil || !strings.Contains(err.Error(), "touch the key") {
 		t.Errorf("answered what only the plugin can: %v", err)
 	}
@@ -396,6 +445,39 @@ func (w *world) waitLog(text string) {
 	}
 }
 
+// A plugin asks the person at the client of its own use, where there is one.
+func TestAskClient(t *testing.T) {
+	w := newWorld(t, Timing{})
+	b := block("ask", "h", "ask-client")
+	b.Pos = "config.hcl:7"
+	w.run([]Plugin{spec(t, "ask", "")}, b)
+	var asked string
+	ask := func(answer bool, err error) context.Context {
+		return use.WithPerson(t.Context(), func(_ context.Context, question string) (bool, error) {
+			asked = question
+			return answer, err
+		})
+	}
+	for _, c := range []struct {
+		ctx  context.Context
+		want string
+	}{
+		{t.Context(), "false the client can't ask its person"},
+		{ask(true, nil), "true <nil>"},
+		{ask(false, nil), "false <nil>"},
+		{ask(false, use.ErrNobody), "false the client can't ask its person"},
+		{ask(false, errors.New("broken")), "false broken"},
+	} {
+		d := w.m.Check(c.ctx, use.Use{Kind: use.Attach, Target: target("h")}, nil)
+		if d == nil || d.Error() != "denied by ask: "+c.want+"; config.hcl:7" {
+			t.Errorf("%v, want %s", d, c.want)
+		}
+	}
+	if asked != `ask: shall I?\x1b` {
+		t.Errorf("asked %q", asked)
+	}
+}
+
 func TestObserve(t *testing.T) {
 	w := newWorld(t, Timing{})
 	a, b := spec(t, "a", ""), spec(t, "b", "")
@@ -405,13 +487,16 @@ func TestObserve(t *testing.T) {
 		return Event{Time: time.Now(), Kind: kind, Use: use.Use{Kind: use.Exec, Target: target(host)}}
 	}
 	w.m.Observe(event("first", "h"))
+	w.m.Observe(Event{Time: time.Now(), Kind: "up", Connection: Connection{ID: 1, Target: target("h")}})
 	w.m.Observe(event("hidden", "foreign"))
+	w.m.Observe(Event{Time: time.Now(), Kind: "hidden-up", Connection: Connection{ID: 2, Target: target("foreign"), Up: true}})
 	w.m.Observe(Event{Time: time.Now(), Kind: "locked"}) // of no host: for all
 	w.m.Observe(event("last", "h"))
-	w.waitLog(`observed {\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
+	w.waitLog(`observed {\"allowed\":true,\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
 	if log := w.log.String(); strings.Contains(log, "hidden") || strings.Contains(log, `"plugin":"b","message":"observed`) ||
-		!strings.Contains(log, `\"event\":\"locked\"`) || strings.Count(log, "observed") != 3 {
-		t.Error("events went to whom they should not")
+		!strings.Contains(log, `\"event\":\"locked\"`) || !strings.Contains(log, `\"event\":\"up\",\"host\":\"h allow\"`) ||
+		strings.Count(log, "observed") != 5 || !(strings.Index(log, "policy") < strings.Index(log, "first")) {
+		t.Error("events went to whom they should not, or in another order")
 	}
 	// A plugin that reads no more costs memory within bounds, and nobody waits.
 	w.m.Observe(event("stall", "h"))
@@ -465,13 +550,26 @@ func (b *fakeBackend) Resolve(_ context.Context, t string) (use.Target, error) {
 	return target(t), nil
 }
 
+// refusal is a driver's error of a login that was refused.
+type refusal struct{ error }
+
+func (refusal) Is(target error) bool { return target == pool.ErrRefused }
+
 func (b *fakeBackend) Connect(_ context.Context, by Actor, t use.Target) (Connection, error) {
+	if t.Host == "refused" {
+		return Connection{}, refusal{fmt.Errorf("%s: permission denied", t)}
+	}
 	b.call(by, "connect %s", t)
 	return Connection{ID: 1, Target: t}, nil
 }
 
 func (b *fakeBackend) Close(_ context.Context, by Actor, id uint64) error {
 	b.call(by, "close %d", id)
+	return nil
+}
+
+func (b *fakeBackend) Drain(_ context.Context, by Actor, id uint64) error {
+	b.call(by, "drain %d", id)
 	return nil
 }
 
@@ -505,6 +603,9 @@ func (b *fakeBackend) Dial(_ context.Context, by Actor, d Dial) (Stream, error) 
 	b.ends = append(b.ends, far)
 	gone := b.gone
 	b.mu.Unlock()
+	if d.Address == "cut:1" {
+		return &cutOff{Stream: near}, nil
+	}
 	go func() {
 		io.Copy(struct{ io.Writer }{far}, struct{ io.Reader }{far})
 		far.Close()

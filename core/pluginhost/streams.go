@@ -9,30 +9,34 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/muxproxy/muxproxy/core/buffer"
 	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
 const (
-	ticketSize = 16
-	maxTickets = 1024            // that nobody has come with yet
+	maxTickets = 1024            // of one plugin that nobody has come with yet
 	helloTime  = 5 * time.Second // for a peer that connects and sends no ticket
-	copyBuffer = 64 << 10
+	// presentEvery is how often the directory of sockets is looked after: logind takes /run/user/UID away with the user's
+	// last session, and the master lives on.
+	presentEvery = time.Second
 )
 
 // streams serves the stream socket, where plugins turn tickets into streams.
 type streams struct {
-	m        *Manager
-	dir      string // of all plugins' sockets
-	path     string
-	listener *paths.Listener
-	running  sync.WaitGroup // the accept loop and every connection
+	m         *Manager
+	accepting sync.WaitGroup // run
+	running   sync.WaitGroup // every connection, and what closes those
 
 	mu      sync.Mutex // guards what follows
+	at      *place
 	closed  bool
-	tickets map[[ticketSize]byte]*ticket
+	ending  chan struct{} // closed with it
+	tickets map[[pluginrun.TicketSize]byte]*ticket
 	open    map[io.Closer]bool // what close has to end
 }
 
@@ -43,21 +47,67 @@ type ticket struct {
 	timer   *time.Timer
 }
 
-func listenStreams(m *Manager, dir string) (*streams, error) {
-	l, err := paths.Listen(filepath.Dir(dir), paths.StreamSocket)
+func listenStreams(m *Manager) (*streams, error) {
+	at, err := makePlace(m.o.Dir())
 	if err != nil {
 		return nil, err
 	}
 	s := &streams{
-		m: m, dir: dir, path: l.Path(), listener: l, tickets: map[[ticketSize]byte]*ticket{}, open: map[io.Closer]bool{},
+		m: m, at: at, ending: make(chan struct{}), tickets: map[[pluginrun.TicketSize]byte]*ticket{}, open: map[io.Closer]bool{},
 	}
-	s.running.Go(s.accept)
+	s.accepting.Go(s.run)
 	return s, nil
 }
 
-func (s *streams) accept() {
+// place is where the sockets are.
+func (s *streams) place() *place {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.at
+}
+
+// run accepts until close. If the directory vanishes there is another one, and plugins that can use it.
+func (s *streams) run() {
+	t := time.NewTicker(presentEvery)
+	defer t.Stop()
+	told := false
+	for at := s.place(); ; at = s.place() {
+		var accepting sync.WaitGroup
+		accepting.Go(func() { s.accept(at.listener) })
+		for at == s.place() {
+			select {
+			case <-t.C:
+			case <-s.ending:
+				at.remove()
+				accepting.Wait()
+				return
+			}
+			if at.listener.Present() {
+				continue
+			}
+			next, err := makePlace(s.m.o.Dir())
+			if err != nil {
+				if !told {
+					s.m.o.Log.Error().Err(err).Msg("the plugins' sockets have vanished and can't be made again yet")
+				}
+				told = true
+				continue
+			}
+			told = false
+			s.mu.Lock()
+			s.at = next
+			s.mu.Unlock()
+			s.m.o.Log.Warn().Str("sockets", next.dir).Msg("the plugins' sockets had vanished; the plugins are started again")
+			s.m.again()
+		}
+		at.remove()
+		accepting.Wait()
+	}
+}
+
+func (s *streams) accept(l *paths.Listener) {
 	for {
-		c, err := s.listener.AcceptUnix()
+		c, err := l.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -97,14 +147,20 @@ func (s *streams) untrack(c io.Closer) {
 
 // ticket makes a ticket for a stream, which is closed if nobody comes for it.
 func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error) {
-	var id [ticketSize]byte
+	var id [pluginrun.TicketSize]byte
 	rand.Read(id[:]) // never fails
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return nil, errors.New("the master ends")
 	}
-	if len(s.tickets) >= maxTickets {
+	waiting := 0
+	for _, t := range s.tickets {
+		if t.session == session {
+			waiting++
+		}
+	}
+	if waiting >= maxTickets {
 		return nil, fmt.Errorf("%d streams wait to be fetched", maxTickets)
 	}
 	t := &ticket{session: session, stream: stream, data: data}
@@ -118,7 +174,7 @@ func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error
 }
 
 // remove reports whether t was still to be had; then the stream is the caller's.
-func (s *streams) remove(id [ticketSize]byte, t *ticket) bool {
+func (s *streams) remove(id [pluginrun.TicketSize]byte, t *ticket) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.tickets[id] != t {
@@ -129,7 +185,7 @@ func (s *streams) remove(id [ticketSize]byte, t *ticket) bool {
 }
 
 // redeem returns what a ticket is for. One that another plugin comes with stays good for its owner.
-func (s *streams) redeem(id [ticketSize]byte, session int) *ticket {
+func (s *streams) redeem(id [pluginrun.TicketSize]byte, session int) *ticket {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t := s.tickets[id]
@@ -165,7 +221,7 @@ func (s *streams) serve(c *net.UnixConn) {
 		return
 	}
 	c.SetDeadline(time.Now().Add(helloTime))
-	id, socket, err := readTicket(c)
+	id, socket, err := pluginrun.ReadTicket(c)
 	if socket != nil {
 		defer socket.Close()
 	}
@@ -197,20 +253,27 @@ func (s *streams) serve(c *net.UnixConn) {
 		return
 	}
 	c.SetDeadline(time.Time{})
-	if len(t.data) > 0 {
-		if _, err := t.stream.Write(t.data); err != nil {
-			return
-		}
-	}
 	local := duplex(c)
+	var n pluginrun.Counts
 	if socket != nil {
 		if !s.track(socket) {
 			return
 		}
 		defer s.untrack(socket)
+		socket.Whole(false)
 		local = socket
+		defer n.Tell(c)()
 	}
-	join(local, t.stream)
+	if len(t.data) > 0 {
+		m, err := t.stream.Write(t.data)
+		n.In(m)
+		if err != nil {
+			return
+		}
+	}
+	if join(local, t.stream, &n) && socket != nil {
+		socket.Whole(true)
+	}
 }
 
 // duplex is a stream that can be closed for writing.
@@ -219,26 +282,58 @@ type duplex interface {
 	CloseWrite() error
 }
 
-// join copies both ways until both have ended, or one has failed.
-func join(a, b duplex) {
+// join copies both ways until both have ended, or one has failed; then it returns false.
+func join(local, remote duplex, n *pluginrun.Counts) bool {
 	var copying sync.WaitGroup
-	one := func(to, from duplex) {
-		if _, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, copyBuffer)); err != nil {
-			a.Close()
-			b.Close()
+	var failed atomic.Bool
+	one := func(to, from duplex, count func(int)) {
+		if err := pump(to, from, count); err != nil {
+			failed.Store(true)
+			local.Close()
+			remote.Close()
 			return
 		}
 		_ = to.CloseWrite() // fails if it is closed already
 	}
-	copying.Go(func() { one(a, b) })
-	copying.Go(func() { one(b, a) })
+	copying.Go(func() { one(remote, local, n.In) })
+	copying.Go(func() { one(local, remote, n.Out) })
 	copying.Wait()
+	return !failed.Load()
 }
 
-// close ends the socket and all streams.
+// pump copies one way until from ends.
+func pump(to io.Writer, from io.Reader, count func(int)) error {
+	var b buffer.Buffer
+	defer b.Release()
+	for {
+		buf := b.Next()
+		m, err := from.Read(buf)
+		if m > 0 {
+			if _, err := to.Write(buf[:m]); err != nil {
+				return err
+			}
+			count(m)
+			b.Took(m)
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// close ends the socket, and all streams, for which it does not wait: one that a server does not take anything from ends
+// with its connection.
 func (s *streams) close() {
 	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return
+	}
 	s.closed = true
+	close(s.ending)
 	lost := make([]io.Closer, 0, len(s.open)+len(s.tickets))
 	for c := range s.open {
 		lost = append(lost, c)
@@ -249,36 +344,85 @@ func (s *streams) close() {
 		lost = append(lost, t.stream)
 	}
 	s.mu.Unlock()
-	s.listener.Close()
 	for _, c := range lost {
-		c.Close()
+		s.running.Go(func() { c.Close() })
 	}
-	s.running.Wait()
+	s.accepting.Wait()
 }
 
-// maxSocket is how long the path of the sockets' directory may be, so that the longest address in it still is one.
-const maxSocket = 104 - len("/p0123456789/plugin-dir0123456789/plugin0123456789")
+// wait returns when all streams have ended. It is for after close.
+func (s *streams) wait() { s.running.Wait() }
 
-// socketDir makes an empty directory for the plugins' sockets, in dir or, where that path is too long for a socket's
-// address, in the directory for temporary files. What an earlier master left there is removed: it was killed, and its
-// plugins with it.
-func socketDir(dir string) (string, error) {
-	if len(dir)+len("/plugins") > maxSocket {
+// place is a directory with the sockets of one master's plugins.
+type place struct {
+	dir      string
+	lock     *paths.FileLock // says that its master lives
+	listener *paths.Listener // of the stream socket
+	short    string          // what is to be removed, too, with the last place in it; "": nothing
+}
+
+const (
+	placeName = "plugins" // and a number
+	placeLock = "lock"
+	// maxSocket is how long the path of the sockets' directory may be, so that the longest address in it still is one.
+	maxSocket = 104 - len("/p0123456789/plugin-dir0123456789/plugin0123456789")
+)
+
+// makePlace makes a place in dir or, where that path is too long for a socket's address, in the directory for temporary
+// files. Those of masters that were killed, and their plugins with them, are removed; a master that drains has its own
+// beside.
+func makePlace(dir string) (p *place, err error) {
+	for range 3 { // another master may be clearing up, and take this one for one that was left
+		if p, err = tryPlace(dir); err == nil {
+			return p, nil
+		}
+	}
+	return nil, err
+}
+
+func tryPlace(dir string) (*place, error) {
+	p := &place{}
+	if len(dir)+len("/"+placeName+"0123456789") > maxSocket {
 		short, err := shortDir(dir)
 		if err != nil {
-			return "", err
+			return nil, err
 		}
-		dir = short
+		dir, p.short = short, short
 	}
 	if err := paths.CheckDir(dir); err != nil {
-		return "", err
+		return nil, err
 	}
-	dir = filepath.Join(dir, "plugins")
-	if err := os.RemoveAll(dir); err != nil {
-		return "", err
+	left, err := filepath.Glob(filepath.Join(dir, placeName+"[0-9]*"))
+	if err != nil {
+		return nil, err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		return "", err
+	for _, old := range left {
+		if lock, err := paths.TryLock(filepath.Join(old, placeLock)); err == nil {
+			os.RemoveAll(old) // what can't be is left to the next one
+			lock.Close()
+		}
 	}
-	return dir, nil
+	if p.dir, err = os.MkdirTemp(dir, placeName); err != nil { // 0700
+		return nil, err
+	}
+	if p.lock, err = paths.TryLock(filepath.Join(p.dir, placeLock)); err != nil {
+		os.RemoveAll(p.dir)
+		return nil, err
+	}
+	if p.listener, err = paths.Listen(p.dir, paths.StreamSocket); err != nil {
+		os.RemoveAll(p.dir)
+		p.lock.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// remove ends the socket and leaves nothing.
+func (p *place) remove() {
+	p.listener.Close()
+	os.RemoveAll(p.dir)
+	p.lock.Close()
+	if p.short != "" {
+		os.Remove(p.short) // unless another master's place is in it
+	}
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -15,8 +16,11 @@ import (
 
 	"github.com/rs/zerolog"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
@@ -27,15 +31,16 @@ const maxBackoff = time.Minute
 
 // supervised is one plugin of the policy: its process, and the next one when that has crashed.
 type supervised struct {
-	m   *Manager
-	log zerolog.Logger
+	m    *Manager
+	log  zerolog.Logger
+	spec Plugin // as it was started: May, AllowOnFailure and Pos are in policy
 
 	stop    context.CancelFunc
 	ctx     context.Context // ends with stop
 	running sync.WaitGroup  // supervise
 
 	mu       sync.Mutex // guards what follows
-	spec     Plugin     // only May, AllowOnFailure and Pos change
+	policy   Plugin     // what the policy in force says
 	desc     *Described // nil: never got so far
 	inst     *instance  // nil: none that is described
 	ready    bool       // inst has its configuration
@@ -46,6 +51,7 @@ type supervised struct {
 	restarts int
 	failure  string // why it does not run, or did not the last time
 	events   *events
+	observer *instance // that events go to, or went to
 }
 
 // instance is one process of a plugin.
@@ -53,10 +59,11 @@ type instance struct {
 	*pluginrun.Process
 	since time.Time
 	host  *hostService
+	file  fs.FileInfo // that was started; nil: built in
 }
 
 func newSupervised(m *Manager, p Plugin) *supervised {
-	s := &supervised{m: m, spec: p, log: m.o.Log.With().Str("plugin", p.Name).Logger(), changed: make(chan struct{}), events: newEvents()}
+	s := &supervised{m: m, spec: p, policy: p, log: m.o.Log.With().Str("plugin", p.Name).Logger(), changed: make(chan struct{}), events: newEvents()}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	s.failure = "it was not started"
 	return s
@@ -69,7 +76,7 @@ func (s *supervised) first(ctx context.Context) []Problem {
 		s.failed(err)
 		var out []Problem
 		for line := range strings.Lines(err.Error()) {
-			out = append(out, s.problem("%s", use.Printable(strings.TrimSpace(line))))
+			out = append(out, s.broken(errors.New(strings.TrimSpace(line))))
 		}
 		return out
 	}
@@ -91,7 +98,16 @@ func (s *supervised) first(ctx context.Context) []Problem {
 }
 
 func (s *supervised) problem(format string, args ...any) Problem {
-	return Problem{Plugin: s.spec.Name, Pos: s.spec.Pos, Text: fmt.Sprintf(format, args...)}
+	s.mu.Lock()
+	pos := s.policy.Pos
+	s.mu.Unlock()
+	return Problem{Plugin: s.spec.Name, Pos: pos, Text: fmt.Sprintf(format, args...)}
+}
+
+func (s *supervised) broken(err error) Problem {
+	p := s.problem("%s", use.Printable(err.Error()))
+	p.Broken = true
+	return p
 }
 
 // start starts a process and asks it what it is.
@@ -99,14 +115,19 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	if err := checkFile(s.spec); err != nil {
+	s.mu.Lock()
+	spec := s.spec
+	s.mu.Unlock()
+	file, err := checkFile(spec)
+	if err != nil {
 		return nil, nil, err
 	}
-	inst := &instance{since: time.Now(), host: &hostService{p: s}}
+	inst := &instance{since: time.Now(), host: &hostService{p: s}, file: file}
 	lines := &lineLog{log: s.log}
+	at := s.m.streams.place()
 	p, err := pluginrun.Start(ctx, pluginrun.Options{
-		Name: s.spec.Name, Path: s.spec.Path, Args: strings.Fields(s.spec.Args), Env: s.m.o.Env, Dir: s.m.streams.dir,
-		Stream: s.m.streams.path, StartTimeout: s.m.o.Timing.Start, Stderr: lines.line,
+		Name: spec.Name, Path: spec.Path, Args: strings.Fields(spec.Args), Env: s.m.o.Env, Dir: at.dir,
+		Stream: at.listener.Path(), StartTimeout: s.m.o.Timing.Start, Stderr: lines.line,
 		Host: func(pid int) pluginpb.HostServer {
 			inst.host.pid = pid
 			return inst.host
@@ -131,41 +152,48 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 }
 
 // checkFile sees whether an executable is there, is the right one, and whether others could change it. Between this and
-// exec(2) only those who may write to it can.
-func checkFile(p Plugin) error {
+// exec(2) only those who may write to it can. The file is nil for a built-in plugin.
+func checkFile(p Plugin) (fs.FileInfo, error) {
 	if p.BuiltIn {
-		return nil
+		return nil, nil
 	}
 	fi, err := os.Stat(p.Path)
 	if err != nil {
 		if pe, ok := errors.AsType[*os.PathError](err); ok {
 			err = pe.Err
 		}
-		return fmt.Errorf("%s: %w", p.Path, err)
+		return nil, fmt.Errorf("%s: %w", p.Path, err)
 	}
-	if !fi.Mode().IsRegular() {
-		return fmt.Errorf("%s is not a file", p.Path)
-	}
-	if err := onlyMine(p.Path, fi); err != nil {
-		return err
+	if err := paths.CheckFile(p.Path); err != nil {
+		return nil, err
 	}
 	if p.SHA256 == "" {
-		return nil
+		return fi, nil
 	}
 	f, err := os.Open(p.Path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer f.Close()
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
-		return fmt.Errorf("%s: %w", p.Path, err)
+		return nil, fmt.Errorf("%s: %w", p.Path, err)
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); !strings.EqualFold(got, p.SHA256) {
-		return fmt.Errorf("%s has the sha256 %s, policy says %s: if the change is wanted, change the policy", p.Path, got,
+		return nil, fmt.Errorf("%s has the sha256 %s, policy says %s: if the change is wanted, change the policy", p.Path, got,
 			strings.ToLower(p.SHA256))
 	}
-	return nil
+	return fi, nil
+}
+
+// replaced reports whether the plugin's file is another one than that which runs.
+func (s *supervised) replaced() bool {
+	inst, _ := s.up()
+	if inst == nil || inst.file == nil {
+		return false
+	}
+	fi, err := os.Stat(s.spec.Path)
+	return err != nil || !os.SameFile(fi, inst.file) || fi.Size() != inst.file.Size() || !fi.ModTime().Equal(inst.file.ModTime())
 }
 
 // supervise waits for the process to end and starts the next one, until stop.
@@ -236,8 +264,10 @@ func (s *supervised) again() error {
 		if ds, err = s.send(s.ctx, inst, blocks); err == nil {
 			if i := slices.IndexFunc(ds, isError); i >= 0 {
 				err = fmt.Errorf("it does not take its configuration any more: %s", ds[i].GetSummary())
+			} else if s.setReadyAlone(inst) {
+				s.tellPolicy()
 			} else {
-				s.setReady(inst)
+				err = errors.New("its configuration changed while it was started")
 			}
 		}
 	}
@@ -272,6 +302,34 @@ func (s *supervised) send(ctx context.Context, inst *instance, blocks []*pluginp
 	return r.GetDiagnostics(), nil
 }
 
+// check asks for the problems of a configuration that is not to be taken. A plugin that can't say finds none.
+func (s *supervised) check(ctx context.Context, blocks []Block) []Problem {
+	s.mu.Lock()
+	inst, desc := s.inst, s.desc
+	s.mu.Unlock()
+	if desc == nil || inst == nil {
+		return nil // its problem was told
+	}
+	next, err := blocksToPB(desc, blocks)
+	if err != nil {
+		return []Problem{s.broken(err)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, pluginrun.CallTime)
+	defer cancel()
+	r, err := inst.Client.Check(ctx, &pluginpb.ConfigureRequest{Blocks: next})
+	if status.Code(err) == codes.Unimplemented {
+		return nil
+	}
+	if err != nil {
+		return []Problem{s.broken(fmt.Errorf("its configuration can't be checked: %w", pluginrun.CallError(err)))}
+	}
+	var out []Problem
+	for _, d := range r.GetDiagnostics() {
+		out = append(out, s.diagnosed(d))
+	}
+	return out
+}
+
 func isError(d *pluginpb.Diagnostic) bool {
 	return d.GetSeverity() != pluginpb.Diagnostic_SEVERITY_WARNING
 }
@@ -290,7 +348,7 @@ func (s *supervised) configure(ctx context.Context, blocks []Block) []Problem {
 		s.next = next
 		s.mu.Unlock()
 		if inst == nil {
-			return []Problem{s.problem("it has ended")}
+			return []Problem{s.broken(errors.New("it has ended"))}
 		}
 		var ds []*pluginpb.Diagnostic
 		if ds, err = s.send(ctx, inst, next); err == nil {
@@ -307,7 +365,7 @@ func (s *supervised) configure(ctx context.Context, blocks []Block) []Problem {
 		}
 	}
 	s.failed(err)
-	return []Problem{s.problem("%s", use.Printable(err.Error()))}
+	return []Problem{s.broken(err)}
 }
 
 // commit puts what configure brought in force.
@@ -315,7 +373,7 @@ func (s *supervised) commit(specs []Plugin) {
 	s.mu.Lock()
 	for _, p := range specs {
 		if p.Name == s.spec.Name {
-			s.spec = p
+			s.policy = p
 		}
 	}
 	s.blocks, s.next = s.next, nil
@@ -324,7 +382,11 @@ func (s *supervised) commit(specs []Plugin) {
 	if !ok || !took {
 		s.ready = false
 	}
+	observes := s.hasLocked(plugin.CanObserve)
 	s.mu.Unlock()
+	if !observes {
+		s.events.clear()
+	}
 	switch {
 	case inst == nil || !ok:
 	case took:
@@ -358,11 +420,26 @@ func (s *supervised) setReady(inst *instance) {
 		close(s.changed)
 		s.changed = make(chan struct{})
 	}
-	observes := s.desc.hook("observe") && s.hasLocked(plugin.CanObserve)
+	observes := s.desc.hook("observe") && s.hasLocked(plugin.CanObserve) && s.observer != inst
+	if observes {
+		s.observer = inst
+	}
 	s.mu.Unlock()
-	if first && observes {
+	if observes {
 		s.running.Go(func() { s.events.deliver(s.ctx, inst, s.log) })
 	}
+}
+
+// setReadyAlone is setReady for a process that has got the configuration in force, unless another one was sent to it
+// meanwhile: which of the two came last can't be told.
+func (s *supervised) setReadyAlone(inst *instance) bool {
+	s.mu.Lock()
+	mixed := s.next != nil || s.took == inst
+	s.mu.Unlock()
+	if !mixed {
+		s.setReady(inst)
+	}
+	return !mixed
 }
 
 // up returns the process if it can be asked, else why not.
@@ -427,7 +504,7 @@ func (s *supervised) hasLocked(c plugin.Capability) bool {
 	if s.spec.BuiltIn {
 		return s.desc != nil && slices.Contains(s.desc.Wants, string(c))
 	}
-	return slices.Contains(s.spec.May, string(c))
+	return slices.Contains(s.policy.May, string(c))
 }
 
 func (s *supervised) status() Status {

@@ -2,28 +2,8 @@ package pluginhost
 
 import (
 	"errors"
-	"fmt"
-	"io"
-	"io/fs"
-	"net"
 )
 
 func sessionOf(int) (int, error) { return 0, errors.ErrUnsupported }
 
-func onlyMine(path string, _ fs.FileInfo) error {
-	return fmt.Errorf("%s: can't tell on Windows who may change it: %w", path, errors.ErrUnsupported)
-}
-
 func shortDir(string) (string, error) { return "", errors.ErrUnsupported }
-
-// handed would be a socket that a plugin has handed over.
-type handed struct{ net.Conn }
-
-// CloseWrite ends what is written to it.
-func (*handed) CloseWrite() error { return errors.ErrUnsupported }
-
-// readTicket reads a ticket; sockets can't come along.
-func readTicket(c *net.UnixConn) (id [ticketSize]byte, socket *handed, err error) {
-	_, err = io.ReadFull(c, id[:])
-	return id, nil, err
-}

@@ -28,6 +28,7 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
+	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -52,6 +53,16 @@ func TestBroken(t *testing.T) {
 	if err := os.Chmod(open, 0o777); err != nil {
 		t.Fatal(err)
 	}
+	anybodys := filepath.Join(t.TempDir(), "anybodys", "plugin")
+	if err := os.Mkdir(filepath.Dir(anybodys), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(anybodys, exe, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Dir(anybodys), 0o777); err != nil {
+		t.Fatal(err)
+	}
 	cases := []struct {
 		mode, path, sha256 string
 		want               string
@@ -64,8 +75,9 @@ func TestBroken(t *testing.T) {
 		{mode: "elsewhere", want: "not in the directory it was given"},
 		{mode: "bad-schema", want: `host block: "Not A Name" can't be a name`},
 		{path: "/nowhere/plugin", want: "/nowhere/plugin: no such file or directory"},
-		{path: "/", want: "/ is not a file"},
-		{path: open, want: "can be changed by others (mode 0777): chmod go-w"},
+		{path: "/", want: "/ is not a regular file"},
+		{path: open, want: "is writable by others (mode 0777): chmod go-w"},
+		{path: anybodys, want: "is writable by everybody: chmod o-w"},
 		{path: script, want: "exec format error"},
 		{sha256: strings.Repeat("0", 64), want: "policy says " + strings.Repeat("0", 64)},
 		{mode: "misnamed", want: "calls itself"},
@@ -102,7 +114,7 @@ func TestBroken(t *testing.T) {
 		}
 	}
 	blocks := []Block{block("good", "h", "allow")}
-	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true); len(problems) > 0 {
+	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true, nil); len(problems) > 0 {
 		t.Error(problems)
 	}
 	if d := w.check(use.Exec, "h"); d != nil {
@@ -121,7 +133,7 @@ func TestMisbehaved(t *testing.T) {
 		}
 	}
 	blocks := []Block{block("junk", "h", "allow"), block("forks", "h", "allow"), block("stubborn", "h", "allow")}
-	problems = set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true)
+	problems = set.Apply(t.Context(), blocks, lookupOf(blocks), specs, true, nil)
 	if len(problems) != 1 || problems[0].Error() != "config.hcl:3: plugin bad: it can't be configured: it has ended" {
 		t.Errorf("%v", problems)
 	}
@@ -197,13 +209,13 @@ func playMaster(dir string) {
 	if err != nil {
 		os.Exit(1)
 	}
-	m := New(Options{Dir: dir, State: dir, Backend: &fakeBackend{}, Log: zerolog.Nop(), Env: []string{"PATH=" + os.Getenv("PATH")}})
+	m := New(Options{Dir: func() string { return dir }, State: dir, Backend: &fakeBackend{}, Log: zerolog.Nop(), Env: []string{"PATH=" + os.Getenv("PATH")}})
 	var specs []Plugin
 	for _, mode := range []string{"judge", "forks", "stubborn"} {
 		specs = append(specs, Plugin{Name: mode, Path: exe, Args: mode + " " + mode, May: []string{"observe"}})
 	}
 	set, problems := m.Prepare(context.Background(), specs)
-	problems = append(problems, set.Apply(context.Background(), nil, hosts{}, specs, true)...)
+	problems = append(problems, set.Apply(context.Background(), nil, hosts{}, specs, true, nil)...)
 	for _, p := range problems {
 		if !p.Warning {
 			fmt.Println(p)
@@ -254,11 +266,11 @@ func TestMasterKilled(t *testing.T) {
 	for _, pid := range pids {
 		waitGone(t, pid)
 	}
-	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins", "*")); len(left) != 3 {
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins*", "p*")); len(left) != 3 {
 		t.Errorf("left: %q", left)
 	}
 	w.run([]Plugin{spec(t, "a", "")})
-	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins", "*")); len(left) != 1 {
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "plugins*", "p*")); len(left) != 1 {
 		t.Errorf("the next master has: %q", left)
 	}
 }
@@ -283,7 +295,8 @@ func TestHostService(t *testing.T) {
 	}
 	can, cannot, builtIn := spec(t, "can", ""), spec(t, "cannot", ""), spec(t, "built-in", "")
 	can.May, builtIn.BuiltIn = all, true
-	w.run([]Plugin{can, cannot, builtIn}, block("can", "h", "allow"), block("cannot", "h", "allow"), block("built-in", "h", "allow"))
+	w.run([]Plugin{can, cannot, builtIn}, block("can", "h", "allow"), block("cannot", "h", "allow"), block("built-in", "h", "allow"),
+		block("can", "refused", "allow"), block("built-in", "refused", "allow"))
 	for _, c := range []struct {
 		args   []string
 		status int
@@ -291,10 +304,15 @@ func TestHostService(t *testing.T) {
 		call   string // that the master saw
 		need   string // capability
 	}{
-		{[]string{"list"}, 0, "1 u@h:22\n", "", "list"},
-		{[]string{"connect", "h"}, 0, "1\n", "connect u@h:22", "connect"},
+		{[]string{"list"}, 0, "1 u@h:22 allow\n", "", "list"},
+		{[]string{"connect", "h"}, 0, "1 allow\n", "connect u@h:22", "connect"},
 		{[]string{"connect", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
 		{[]string{"connect", "unknown"}, 255, "no such host\n", "", "connect"},
+		{[]string{"connect", "refused"}, 3, "u@refused:22: permission denied\n", "", "connect"},
+		{[]string{"resolve", "h"}, 0, "u@h:22 allow\n", "", "connect"},
+		{[]string{"resolve", "foreign"}, 1, "denied: u@foreign:22 has no block of can\n", "", "connect"},
+		{[]string{"resolve", "unknown"}, 255, "no such host\n", "", "connect"},
+		{[]string{"drain", "1"}, 0, "", "drain 1", "close"},
 		{[]string{"close", "1"}, 0, "", "close 1", "close"},
 		{[]string{"close", "2"}, 1, "denied: u@foreign:22 has no block of can\n", "", "close"},
 		{[]string{"close", "3"}, 255, "there is no connection 3\n", "", "close"},
@@ -304,8 +322,10 @@ func TestHostService(t *testing.T) {
 		{[]string{"dial", "1", "refused:1"}, 255, `refused by the server: connect failed\x1b` + "\n", "", "dial"},
 		{[]string{"dial", "1", "denied:1"}, 1, "denied: denied by policy: no\n", "", "dial"},
 		{[]string{"dial", "2", "echo:1"}, 1, "denied: u@foreign:22 has no block of can\n", "", "dial"},
-		{[]string{"handover", "1", "echo:1"}, 0, "first second", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover", "1", "echo:1"}, 0, "open: first second (in 12, out 12)", "dial 1 tcp echo:1", "dial"},
+		{[]string{"handover-not", "1", "echo:1"}, 255, "not today\n", "dial 1 tcp echo:1", "dial"},
 		{[]string{"listen", "1", "localhost:0"}, 0, "127.0.0.1:4444\n192.0.2.1:99\n", "listen 1 tcp localhost:0", "listen"},
+		{[]string{"offer", "1", "localhost:0"}, 0, "192.0.2.1:99\nover there (in 0, out 10)", "listen 1 tcp localhost:0", "listen"},
 		{[]string{"listen", "2", "localhost:0"}, 1, "denied: u@foreign:22 has no block of can\n", "", "listen"},
 		{[]string{"kept"}, 0, "", "", "keep"},
 		{[]string{"keep", "this"}, 0, "", "", "keep"},
@@ -318,7 +338,7 @@ func TestHostService(t *testing.T) {
 			w.backend.mu.Unlock()
 			for _, name := range []string{"can", "built-in"} {
 				status, out := w.command(name, c.args...)
-				if want := strings.ReplaceAll(c.want, "of can", "of "+name); status != c.status || out != want {
+				if want := strings.NewReplacer("of can", "of "+name, "can/", name+"/").Replace(c.want); status != c.status || out != want {
 					t.Errorf("%s: status %d, %q", name, status, out)
 				}
 			}
@@ -397,20 +417,20 @@ func TestTickets(t *testing.T) {
 		return hex.EncodeToString(id)
 	}
 	id := issue()
-	if _, out := w.command("b", "spend", w.m.streams.path, id); out != refused {
+	if _, out := w.command("b", "spend", w.m.streams.place().listener.Path(), id); out != refused {
 		t.Errorf("another plugin: %s", out)
 	}
 	var out bytes.Buffer
-	if spend(w.m.streams.path, id, &out); out.String() != refused {
+	if spend(w.m.streams.place().listener.Path(), id, &out); out.String() != refused {
 		t.Errorf("a stranger: %s", out.String())
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, id); out != `"\x00hello"` {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), id); out != `"\x00hello"` {
 		t.Errorf("its owner: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, id); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), id); out != refused {
 		t.Errorf("a second time: %s", out)
 	}
-	if _, out := w.command("a", "spend", w.m.streams.path, strings.Repeat("00", ticketSize)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), strings.Repeat("00", pluginrun.TicketSize)); out != refused {
 		t.Errorf("a guess: %s", out)
 	}
 	w.m.o.Timing.Ticket = time.Millisecond
@@ -423,7 +443,7 @@ func TestTickets(t *testing.T) {
 		t.Errorf("an old ticket's stream: %v", err)
 	}
 	far.Close()
-	if _, out := w.command("a", "spend", w.m.streams.path, hex.EncodeToString(late)); out != refused {
+	if _, out := w.command("a", "spend", w.m.streams.place().listener.Path(), hex.EncodeToString(late)); out != refused {
 		t.Errorf("too late: %s", out)
 	}
 	// Those that a plugin leaves behind end with it.
@@ -489,7 +509,7 @@ func TestStrangers(t *testing.T) {
 			}
 		}
 	}
-	if _, out := w.command("a", "list"); out != "1 u@h:22\n" {
+	if _, out := w.command("a", "list"); out != "1 u@h:22 allow\n" {
 		t.Errorf("the plugin itself: %q", out)
 	}
 }
@@ -515,7 +535,7 @@ func TestReload(t *testing.T) {
 	if got := len(set.Described()); got != 3 {
 		t.Errorf("%d described", got)
 	}
-	problems := set.Apply(t.Context(), blocks, lookupOf(blocks), newcomer, false)
+	problems := set.Apply(t.Context(), blocks, lookupOf(blocks), newcomer, false, nil)
 	if len(problems) != 2 || problems[0].Error() != `config.hcl:3: plugin b: that word is bad\x1b` || problems[0].Warning || !problems[1].Warning ||
 		!problems[0].Path.Equals(cty.GetAttrPath("rule").IndexInt(1).GetAttr("words").IndexInt(0)) ||
 		!problems[1].Path.Equals(cty.GetAttrPath("limits").IndexString("a")) {
@@ -530,7 +550,7 @@ func TestReload(t *testing.T) {
 	blocks[2] = own(false)
 	blocks[0].ID, blocks[1].ID = "a/new", "b/new" // the hosts are other ones now
 	set, _ = w.m.Prepare(t.Context(), specs)
-	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, false); len(problems) != 0 {
+	if problems := set.Apply(t.Context(), blocks, lookupOf(blocks), specs, false, nil); len(problems) != 0 {
 		t.Error(problems)
 	}
 	if d := w.check(use.Exec, "h"); d != nil {
@@ -546,7 +566,7 @@ func TestReload(t *testing.T) {
 	}
 	// None mentioned: none runs.
 	set, _ = w.m.Prepare(t.Context(), nil)
-	set.Apply(t.Context(), nil, hosts{}, nil, false)
+	set.Apply(t.Context(), nil, hosts{}, nil, false, nil)
 	for name, pid := range was {
 		waitGone(t, pid)
 		if _, err := w.m.Command(t.Context(), name, nil, io.Discard, io.Discard); err != ErrNoVerb {
@@ -563,12 +583,12 @@ func TestLongPath(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(long) })
-	w.m.o.Dir = long
+	w.m.o.Dir = func() string { return long }
 	w.run([]Plugin{spec(t, "a", "")}, block("a", "h", "deny"))
 	if d := w.check(use.Exec, "h"); d == nil {
 		t.Error("the plugin was not asked")
 	}
-	short := filepath.Dir(w.m.streams.dir)
+	short := filepath.Dir(w.m.streams.place().dir)
 	w.m.Close()
 	if _, err := os.Stat(short); !os.IsNotExist(err) {
 		t.Errorf("%s is left: %v", short, err)

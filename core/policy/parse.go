@@ -54,7 +54,7 @@ var (
 		{Name: "on_failure", Type: cty.String, Default: cty.StringVal("deny"), Words: []string{"deny", "allow"},
 			Doc: "what it means for a use if the plugin does not answer"},
 		{Name: "may", Type: cty.List(cty.String), Doc: "capabilities",
-			Words: []string{"observe", "list", "connect", "close", "dial", "listen", "decide", "notify", "state"}},
+			Words: []string{"observe", "list", "connect", "close", "dial", "listen", "decide", "notify", "keep"}},
 	}}
 	hostBody = Block{Attributes: []Attribute{
 		{Name: "share", Type: cty.Bool, Default: cty.True, Doc: "false: clients connect by themselves, without the master"},

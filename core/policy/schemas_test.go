@@ -15,11 +15,14 @@ func schemas() map[string]Schema {
 		kinds = append(kinds, string(k))
 	}
 	str := cty.StringVal
-	forward := func(to bool) Block {
-		b := Block{Labels: []string{"address"}, Attributes: []Attribute{
-			{Name: "users", Type: cty.String, Default: str("self"), Words: []string{"self", "any"}, Doc: "whose processes may connect"},
-			{Name: "gateway", Type: cty.Bool, Doc: "other hosts may connect"},
-		}}
+	forward := func(users, to bool) Block {
+		b := Block{Labels: []string{"address"}}
+		if users {
+			b.Attributes = append(b.Attributes, Attribute{
+				Name: "users", Type: cty.String, Default: str("self"), Words: []string{"self", "any"}, Doc: "whose processes may connect",
+			})
+		}
+		b.Attributes = append(b.Attributes, Attribute{Name: "gateway", Type: cty.Bool, Doc: "may listen on other addresses than loopback"})
 		if to {
 			b.Attributes = append(b.Attributes, Attribute{Name: "to", Type: cty.String, Required: true, Doc: "where it leads"})
 		}
@@ -34,10 +37,16 @@ func schemas() map[string]Schema {
 				Doc: "how long a yes holds for the same asker"},
 			{Name: "timeout", Type: cty.String, Default: str("30s"), Format: Duration, Doc: "then it is a no"},
 			{Name: "on", Type: cty.List(cty.String), Words: kinds, Doc: "kinds of use that are asked about",
-				Default: cty.ListVal([]cty.Value{str("attach"), str("shell"), str("exec"), str("subsystem")})},
+				Default: cty.ListVal([]cty.Value{
+					str("shell"), str("exec"), str("subsystem"), str("local-forward"), str("remote-forward"), str("agent"), str("x11"),
+					str("jump"), str("other"),
+				})},
 			{Name: "fallback", Type: cty.String, Default: str("deny"), Words: []string{"deny", "terminal", "pending"},
 				Doc: "where there is no display"},
 			{Name: "display", Type: cty.String, Default: str("session"), Words: []string{"session", "caller"}, Doc: "whose display"},
+			{Name: "askpass", Type: cty.String, Format: Path, Words: []string{""}, Doc: "the program that asks"},
+		}}, Plugin: Block{Attributes: []Attribute{
+			{Name: "askpass", Type: cty.String, Format: Path, Words: []string{""}, Doc: "the program that asks"},
 		}}},
 		"persist": {HostOnly: true, Host: Block{Attributes: []Attribute{
 			{Name: "idle", Type: cty.String, Default: str("10m"), Format: Duration, Words: []string{"forever"}, Doc: "kept without clients"},
@@ -49,7 +58,7 @@ func schemas() map[string]Schema {
 			{Name: "on_lock", Type: cty.String, Default: str("keep"), Words: []string{"keep", "close"}},
 		}}},
 		"forward": {HostOnly: true, Host: Block{Blocks: []Nested{
-			{"dynamic", forward(false)}, {"local", forward(true)}, {"remote", forward(true)},
+			{"dynamic", forward(true, false)}, {"local", forward(true, true)}, {"remote", forward(false, true)},
 		}}},
 		"audit-mail": {
 			Plugin: Block{Attributes: []Attribute{

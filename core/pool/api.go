@@ -99,10 +99,15 @@ type HostKeyKeeper interface {
 }
 
 // Dialer is a driver: it makes upstream connections. Errors are a line for a person, without the program's prefix:
-// what failed, for which host, and what to do.
+// what failed, for which host, and what to do. Where another try would end the same until a person has done something, they
+// are ErrRefused.
 type Dialer interface {
 	Dial(ctx context.Context, spec Spec, ask Asker) (Conn, error)
 }
+
+// ErrRefused is what errors of a login that was refused are (errors.Is): by the server, because of its host key, or for want
+// of a person's answer.
+var ErrRefused = errors.New("the login was refused")
 
 // ErrNobody says that no person is there to answer.
 var ErrNobody = errors.New("nobody is there to answer")

@@ -43,6 +43,9 @@ func (u *upstream) newChannel(l *Lease, kind string, ch ssh.Channel, in <-chan *
 		}
 	}
 	u.pool.mu.Lock()
+	if l != nil {
+		l.used = true
+	}
 	u.pool.goLocked(func() { queue(in, out, mine, c.ended, overflow) })
 	u.pool.mu.Unlock()
 	return c, out
@@ -68,6 +71,7 @@ func (c *Channel) ended() {
 // giveLocked makes a channel of a session l's, which holds the upstream for it.
 func (c *Channel) giveLocked(l *Lease) {
 	c.lease.Store(l)
+	l.used = true
 	if c.closed.Load() != 0 {
 		l.unholdLocked(c.up) // ended could not
 	}
@@ -181,7 +185,7 @@ func (u *upstream) request(ctx context.Context, name string, wantReply bool, pay
 		err  error
 	}
 	done := make(chan result, 1)
-	u.pool.wg.Go(func() {
+	u.pool.spawn(func() {
 		ok, data, err := u.conn.SendRequest(name, wantReply, payload)
 		done <- result{ok, data, err}
 	})

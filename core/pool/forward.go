@@ -229,7 +229,7 @@ func (l *Lease) Listen(ctx context.Context, permit *use.Permit, a Addr, incoming
 	l.holdLocked(u)
 	l.pool.mu.Unlock()
 	u.fwd.begin()
-	u.pool.wg.Go(func() {
+	u.pool.spawn(func() {
 		ln, err := u.listen(l, a, incoming)
 		u.fwd.settle(ln)
 		if ln == nil {

@@ -143,9 +143,9 @@ func (l *Lease) laneKey(lane Lane) laneKey {
 
 // growth is what is under way to give a lane another upstream, without a person.
 type growth struct {
-	dials   int       // under way
-	waiting int       // sessions that wait for room
-	failed  time.Time // of the last that failed
+	dials   map[*flight]struct{} // under way
+	waiting map[*Lease]int       // sessions that wait for room, by client
+	failed  time.Time            // of the last that failed
 }
 
 // errNoSlot says that the server allows no more sessions at a time, and no other connection could be had.
@@ -185,6 +185,10 @@ func (l *Lease) placeLocked(lane Lane, waited time.Duration) (u *upstream, o *op
 		}
 		growing := silent && waited < patience && (g == nil || time.Since(g.failed) > growPause)
 		switch {
+		case l.doomedLocked() && waited < laneTime:
+			return nil, nil, p.wake, nil
+		case l.doomedLocked():
+			return nil, nil, nil, l.reasonLocked()
 		case growing:
 			return nil, nil, p.growLocked(l, lane), nil
 		case len(shared) > 0:
@@ -248,7 +252,7 @@ func (l *Lease) rank(u *upstream) int {
 func (p *Pool) growthLocked(k laneKey) *growth {
 	g := p.growths[k]
 	if g == nil {
-		g = &growth{}
+		g = &growth{dials: map[*flight]struct{}{}, waiting: map[*Lease]int{}}
 		p.growths[k] = g
 	}
 	return g
@@ -257,7 +261,7 @@ func (p *Pool) growthLocked(k laneKey) *growth {
 // dropGrowthsLocked forgets those that tell nothing any more: lanes come and go with agents and clients.
 func (p *Pool) dropGrowthsLocked() {
 	for k, g := range p.growths {
-		if g.dials == 0 && g.waiting == 0 && time.Since(g.failed) > growPause {
+		if len(g.dials) == 0 && len(g.waiting) == 0 && time.Since(g.failed) > growPause {
 			delete(p.growths, k)
 		}
 	}
@@ -274,39 +278,52 @@ func (p *Pool) growLocked(l *Lease, lane Lane) <-chan struct{} {
 			each = min(each, u.sessions.limit)
 		}
 	}
-	want := min(maxGrowing, 1+g.waiting/each)
-	for ; g.dials < want && !p.closed; g.dials++ {
+	waiting := 0
+	for _, n := range g.waiting {
+		waiting += n
+	}
+	want := min(maxGrowing, 1+waiting/each)
+	for len(g.dials) < want && !p.closed {
 		spec := l.spec
 		spec.Lane, spec.Silent = lane, true
 		spec.Connected, spec.Banner, spec.Say, spec.Debug = nil, nil, nil, nil
-		p.wg.Go(func() { p.grow(k, spec, l.by, g) })
+		f := &flight{id: p.lastID.Add(1), target: spec.Target, lane: lane, since: time.Now(), growth: g}
+		var ctx context.Context
+		ctx, f.cancel = context.WithCancel(p.ctx)
+		g.dials[f] = struct{}{}
+		p.wg.Go(func() { p.grow(ctx, k, spec, l.by, f) })
 	}
 	return p.wake
 }
 
-func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
-	began := time.Now()
-	id := p.lastID.Add(1)
-	var through *upstream
-	spec.Transport = p.transport(spec, by, nobody{}, func(u *upstream) { through = u })
-	conn, err := p.dialer.Dial(p.ctx, spec, nobody{})
+func (p *Pool) grow(ctx context.Context, k laneKey, spec Spec, by use.Use, f *flight) {
+	defer f.cancel()
+	spec.Transport = p.transport(spec, by, nobody{}, func(u *upstream) { f.through = u })
+	conn, err := p.dialer.Dial(ctx, spec, nobody{})
 	p.mu.Lock()
-	g.dials--
-	if err == nil && p.closed {
+	g := f.growth
+	delete(g.dials, f)
+	if err == nil && (p.closed || f.reason != nil) {
 		p.wg.Go(func() { end(conn) })
 		err = errClosed
 	}
 	var u *upstream
 	if err == nil {
-		u = newUpstream(p, id, k.flightKey, spec, conn)
-		u.through = through
+		u = newUpstream(p, f.id, k.flightKey, spec, conn)
+		u.through = f.through
 		p.ups = append(p.ups, u)
+		if u.draining = f.drain; f.drain {
+			for l := range g.waiting {
+				l.mayHoldLocked(u)
+			}
+		}
 		u.keepSpareLocked()
 		// Those who waited for it may have left.
 		u.idle++
+		u.left = time.Now()
 		idle := u.idle
 		p.wg.Go(func() { u.release(idle) })
-	} else {
+	} else if f.reason == nil {
 		g.failed = time.Now()
 	}
 	p.dropGrowthsLocked()
@@ -316,7 +333,7 @@ func (p *Pool) grow(k laneKey, spec Spec, by use.Use, g *growth) {
 		p.log.Info().Stringer("target", spec.Target).Stringer("lane", spec.Lane).Err(err).Msg("no further connection")
 		return
 	}
-	p.up(u, began)
+	p.up(u, f.since)
 }
 
 // nobody is the Asker where no person can be asked.

@@ -742,6 +742,119 @@ func TestALostConnectionBesideTheHome(t *testing.T) {
 	})
 }
 
+// forgetful is a farm whose connections never answer the opening of a direct-tcpip channel, not even when they end.
+type forgetful struct {
+	*farm
+	over chan struct{}
+}
+
+func (f forgetful) Dial(ctx context.Context, s Spec, a Asker) (Conn, error) {
+	c, err := f.farm.Dial(ctx, s, a)
+	if err != nil {
+		return nil, err
+	}
+	return forgetfulConn{c.(*farmConn), f.over}, nil
+}
+
+type forgetfulConn struct {
+	*farmConn
+	over chan struct{}
+}
+
+func (c forgetfulConn) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.Request, error) {
+	if kind == "direct-tcpip" {
+		<-c.over
+		return nil, nil, io.EOF
+	}
+	return c.farmConn.OpenChannel(kind, extra)
+}
+
+// x/crypto forgets an open that it sends in the moment when the connection ends. The client is not taken for dead because of
+// that, if it has another connection.
+func TestAForgottenOpenHoldsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := forgetful{&farm{openSSH: true}, make(chan struct{})}
+		p := newPool(t, f, CloseAtOnce{})
+		l, other := acquire(t, p, spec("alice")), acquire(t, p, spec("alice"))
+		copied := open(t, l, bulk)
+		failed := make(chan error, 1)
+		go func() {
+			_, _, err := l.Open(t.Context(), permit(t, use.LocalForward), "direct-tcpip", nil)
+			failed <- err
+		}()
+		synctest.Wait()
+		why := errors.New("h.example.com:22: connection reset by peer")
+		f.conn(0).end(why)
+		if err := <-failed; !errors.Is(err, why) {
+			t.Errorf("got %v", err)
+		}
+		synctest.Wait()
+		if !l.Alive() || copied.closed.Load() != 0 {
+			t.Error("the client is taken for dead")
+		}
+		f.conn(1).end(why)
+		l.Watch(func(loss Loss) {
+			if loss.Upstream == copied.Upstream() && loss.Elsewhere {
+				t.Errorf("who has lost all can't go on: %+v", loss)
+			}
+		})
+		synctest.Wait()
+		close(f.over)
+		l.Release()
+		other.Release()
+	})
+}
+
+// A client that came in the moment when the connection broke gets another, where that takes no person and nobody wanted the
+// connection closed.
+func TestANewcomerOutlivesTheConnection(t *testing.T) {
+	why := errors.New("h.example.com:22: connection reset by peer")
+	reset := func(_ *Pool, f *farm) { f.conn(0).end(why) }
+	for name, c := range map[string]struct {
+		person bool
+		before func(t *testing.T, l *Lease)
+		end    func(p *Pool, f *farm)
+		lives  bool
+	}{
+		"reset":    {end: reset, lives: true},
+		"a person": {person: true, end: reset},
+		"used": {before: func(t *testing.T, l *Lease) {
+			open(t, l, Lane{}).Close()
+			time.Sleep(time.Second)
+		}, end: reset},
+		"a forward": {before: func(t *testing.T, l *Lease) {
+			_, reqs, err := l.Open(t.Context(), permit(t, use.LocalForward), "direct-tcpip", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			l.Discard(reqs)
+		}, end: reset},
+		"not new": {before: func(*testing.T, *Lease) { time.Sleep(newcomerTime) }, end: reset},
+		"closed":  {end: func(p *Pool, f *farm) { p.CloseMatching(func(ConnInfo) bool { return true }, why) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &farm{openSSH: true, person: c.person}
+				p := newPool(t, f, CloseAtOnce{})
+				l := acquireAs(t, p, spec("alice"), yes)
+				if c.before != nil {
+					c.before(t, l)
+				}
+				c.end(p, f)
+				if loss := lossOf(l); loss.Elsewhere != c.lives || !errors.Is(loss.Reason, why) {
+					t.Errorf("%+v", loss)
+				}
+				if c.lives {
+					if ch := open(t, l, Lane{}); ch.Upstream() != 2 {
+						t.Errorf("its session is on %d", ch.Upstream())
+					}
+				}
+				l.Release()
+			})
+		})
+	}
+}
+
 // Without any connection left, forwards get a new one where that takes no person, else an error.
 func TestAHomeIsReplaced(t *testing.T) {
 	for name, person := range map[string]bool{"silently": false, "not with a password": true} {
@@ -926,6 +1039,81 @@ func TestDrainAndCloseOfSeveral(t *testing.T) {
 				for _, o := range []*Lease{l, other, fresh} {
 					o.Release()
 				}
+				synctest.Wait()
+				if len(p.List()) != 0 {
+					t.Errorf("left: %+v", p.List())
+				}
+			})
+		})
+	}
+}
+
+// A login on the way for sessions that wait is listed like another, and ends like one: what is closed does not come up, what
+// is drained takes the sessions that wait for it, and no newcomers.
+func TestALoginForSessionsThatWaitIsListed(t *testing.T) {
+	all := func(ConnInfo) bool { return true }
+	why := errors.New("closed by hand")
+	for name, c := range map[string]struct {
+		stop func(*Pool) int
+		cut  bool
+	}{
+		"drain": {func(p *Pool) int { return p.Drain(all) }, false},
+		"close": {func(p *Pool) int { return p.CloseMatching(all, why) }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &farm{openSSH: true, max: 1, hold: make(chan struct{})}
+				p := newPool(t, f, CloseAtOnce{})
+				l := acquire(t, p, spec("alice"))
+				l.Watch(func(Loss) {})
+				open(t, l, Lane{})
+				ctx, cut := context.WithCancel(t.Context())
+				type result struct {
+					ch  *Channel
+					err error
+				}
+				waits := make(chan result, 1)
+				go func() {
+					ch, reqs, err := l.Session(ctx, permit(t, use.Exec), Lane{}, nil)
+					if err == nil {
+						l.Discard(reqs)
+					}
+					waits <- result{ch, err}
+				}()
+				time.Sleep(refusedPause)
+				synctest.Wait()
+				list := p.List()
+				if len(list) != 2 || list[1].State != Dialling || list[1].Clients != 1 || list[1].Lane != "interactive" {
+					t.Fatalf("listed: %+v", list)
+				}
+				if n := c.stop(p); n != 2 {
+					t.Errorf("%d matched", n)
+				}
+				synctest.Wait()
+				if c.cut {
+					if list := p.List(); len(list) != 0 {
+						t.Errorf("left: %+v", list)
+					}
+					time.Sleep(laneTime / 2) // nothing is dialled for a client that has lost its connection
+					cut()
+					if got := <-waits; !errors.Is(got.err, context.Canceled) || f.dials() != 2 {
+						t.Errorf("the session: %v, after %d dials", got.err, f.dials())
+					}
+					l.Release()
+					return
+				}
+				close(f.hold)
+				got := <-waits
+				if got.err != nil || got.ch.Upstream() != list[1].ID {
+					t.Fatalf("the session: %+v", got)
+				}
+				fresh := acquire(t, p, spec("alice"))
+				if id := fresh.ID(); id == list[0].ID || id == list[1].ID {
+					t.Error("a newcomer rides on it")
+				}
+				fresh.Release()
+				l.Release()
+				cut()
 				synctest.Wait()
 				if len(p.List()) != 0 {
 					t.Errorf("left: %+v", p.List())

@@ -25,6 +25,7 @@ type Lease struct {
 	spec   Spec    // to log in once more
 	by     use.Use // the attach
 	silent bool    // that takes no person
+	since  time.Time
 	once   sync.Once
 	homeID atomic.Uint64 // number of home
 
@@ -34,6 +35,7 @@ type Lease struct {
 
 	// guarded by Pool.mu
 	home   *upstream         // nil after it has ended without this client
+	used   bool              // there has been something of the client's on an upstream
 	holds  map[*upstream]int // channels and forwards on each
 	lost   func(Loss)        // nil until Watch
 	losses []Loss            // before Watch
@@ -44,13 +46,14 @@ type Lease struct {
 type Loss struct {
 	Upstream uint64 // its number
 	Reason   error  // a line for a person
-	// Elsewhere: the client's home, or channels or forwards of it, are on other upstreams, so that it can go on.
+	// Elsewhere: the client can go on, for its home, or channels or forwards of it, are on other upstreams, or it has had
+	// none yet.
 	Elsewhere bool
 }
 
 func (p *Pool) newLeaseLocked(u *upstream, k flightKey, spec Spec, by use.Use) *Lease {
 	l := &Lease{
-		pool: p, key: k, spec: spec, by: by, silent: u.conn.Server().Silent,
+		pool: p, key: k, spec: spec, by: by, silent: u.conn.Server().Silent, since: time.Now(),
 		listeners: map[*Listener]struct{}{}, holds: map[*upstream]int{},
 	}
 	l.setHomeLocked(u)
@@ -76,13 +79,14 @@ func (l *Lease) Watch(lost func(Loss)) {
 
 // lostLocked tells of u's end.
 func (l *Lease) lostLocked(u *upstream) {
-	loss := Loss{Upstream: u.id, Reason: u.reason}
-	loss.Elsewhere = l.home != nil && l.home != u && !l.home.conn.Down()
-	for o, n := range l.holds {
-		loss.Elsewhere = loss.Elsewhere || o != u && n > 0
-	}
+	loss := Loss{Upstream: u.id, Reason: u.reason, Elsewhere: l.elsewhereLocked(u)}
 	if loss.Elsewhere && l.home == u {
 		l.setHomeLocked(nil)
+	}
+	// x/crypto can forget an open that it sends in the moment when the connection ends: nobody would take its hold off.
+	if l.holds[u] = 0; u != l.home {
+		delete(l.holds, u)
+		u.letGoLocked(l)
 	}
 	switch {
 	case l.gone:
@@ -94,18 +98,57 @@ func (l *Lease) lostLocked(u *upstream) {
 	}
 }
 
-// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go.
-func (l *Lease) holdLocked(u *upstream) {
-	if l.gone {
-		return
+// newcomerTime is how long a client that has used nothing yet counts as one that would better have come later.
+const newcomerTime = 3 * time.Second
+
+// elsewhereLocked tells whether the client could go on without u. One that came in the moment when the connection broke has
+// lost nothing by that, if another can be had.
+func (l *Lease) elsewhereLocked(u *upstream) bool {
+	if l.home != nil && l.home != u && !l.home.conn.Down() {
+		return true
 	}
-	l.holds[u]++
-	u.leases[l] = struct{}{}
+	if l.silent && !l.used && time.Since(l.since) < newcomerTime && u.conn.Cause() != nil {
+		return true
+	}
+	for o, n := range l.holds {
+		if o != u && n > 0 {
+			return true
+		}
+	}
+	return false
 }
 
-// unholdLocked is its opposite. What is not the client's home is let go with the last.
-func (l *Lease) unholdLocked(u *upstream) {
+// doomedLocked tells whether the client has lost its connection, and is about to hear of it.
+func (l *Lease) doomedLocked() bool {
+	return l.home != nil && l.home.conn.Down() && !l.elsewhereLocked(l.home)
+}
+
+// holdLocked counts a channel or forward of the lease on u. One that was released holds nothing: nobody would let it go. Nor
+// does an upstream that has ended.
+func (l *Lease) holdLocked(u *upstream) {
+	select {
+	case <-u.dead:
+		return
+	default:
+	}
+	if l.mayHoldLocked(u) {
+		l.holds[u]++
+	}
+}
+
+// mayHoldLocked lets the client use u though others may not. It tells whether the client is still there.
+func (l *Lease) mayHoldLocked(u *upstream) bool {
 	if l.gone {
+		return false
+	}
+	l.holds[u] += 0
+	u.leases[l] = struct{}{}
+	return true
+}
+
+// unholdLocked is the opposite of holdLocked. What is not the client's home is let go with the last.
+func (l *Lease) unholdLocked(u *upstream) {
+	if l.gone || l.holds[u] == 0 {
 		return
 	}
 	if l.holds[u]--; l.holds[u] == 0 && u != l.home {
@@ -278,11 +321,14 @@ func (l *Lease) Request(ctx context.Context, permit *use.Permit, name string, wa
 	if err != nil {
 		return false, nil, err
 	}
+	l.pool.mu.Lock()
+	l.used = true
+	l.pool.mu.Unlock()
 	return u.request(ctx, name, wantReply, payload)
 }
 
 // Go runs f, which ends when the upstreams or the client have ended, in a goroutine that the pool waits for.
-func (l *Lease) Go(f func()) { l.pool.wg.Go(f) }
+func (l *Lease) Go(f func()) { l.pool.spawn(f) }
 
 // Discard refuses what still comes on a channel's requests, until that closes.
 func (l *Lease) Discard(reqs <-chan *ssh.Request) { l.Go(func() { discard(reqs) }) }

@@ -80,6 +80,13 @@ func (p *Pool) goLocked(f func()) {
 	p.wg.Go(f)
 }
 
+// spawn is goLocked for those who do not hold Pool.mu. Plugins may still open channels and forwards while Close runs.
+func (p *Pool) spawn(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.goLocked(f)
+}
+
 var errClosed = errors.New("the master is stopping")
 
 // flightKey names what one dial serves: the sharing key, the agent that may log in, and the agent that is forwarded.
@@ -107,6 +114,7 @@ type flight struct {
 	lane   Lane
 	since  time.Time
 	cancel context.CancelFunc
+	growth *growth       // whose dial it is, for sessions that wait there; nil: it is for the waiters
 	done   chan struct{} // closed when the waiters have their leases, or err is set
 	err    error
 
@@ -145,7 +153,7 @@ func (p *Pool) Attach(ctx context.Context, permit *use.Permit, id uint64) (*Leas
 	i := slices.IndexFunc(p.ups, func(u *upstream) bool { return u.id == id })
 	if i < 0 || p.closed || p.ups[i].draining || p.ups[i].conn.Down() {
 		p.mu.Unlock()
-		return nil, fmt.Errorf("connection %d has ended", id)
+		return nil, fmt.Errorf("connection %d: %w", id, ErrGone)
 	}
 	u := p.ups[i]
 	k := flightKey{key: u.key, agent: u.conn.Server().AgentID, lane: u.lane.Agent}
@@ -153,6 +161,9 @@ func (p *Pool) Attach(ctx context.Context, permit *use.Permit, id uint64) (*Leas
 	p.mu.Unlock()
 	if err := u.checked(ctx); err != nil {
 		l.Release()
+		if ctx.Err() == nil {
+			err = fmt.Errorf("connection %d: %w: %w", id, ErrGone, err)
+		}
 		return nil, err
 	}
 	return l, nil
@@ -403,7 +414,7 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		f.err = f.reason
 	} else {
 		for _, w := range f.waiters {
-			w.again = w.late
+			w.again = w.late || spec.Silent && !w.spec.Silent // a login without its person says nothing about one with
 		}
 	}
 	close(f.done)
@@ -518,6 +529,7 @@ type ConnInfo struct {
 	Server    ServerInfo
 	Clients   int
 	IdleSince time.Time // when the last client left; zero: there are some
+	KeptUntil time.Time // by what the Retainer said last; zero: there are clients, or it has not said anything yet
 	Channels  int64
 	In, Out   int64 // bytes of channel data: towards the remote host, from it
 	Sessions  int   // open session channels, the spare among them
@@ -534,7 +546,7 @@ func (p *Pool) List() []ConnInfo {
 	for _, u := range p.ups {
 		list = append(list, u.infoLocked())
 	}
-	for _, f := range p.flights {
+	for f := range p.dialsLocked {
 		list = append(list, f.infoLocked())
 	}
 	slices.SortFunc(list, func(a, b ConnInfo) int { return int(a.ID) - int(b.ID) })
@@ -542,8 +554,26 @@ func (p *Pool) List() []ConnInfo {
 }
 
 func (f *flight) infoLocked() ConnInfo {
-	return ConnInfo{
-		ID: f.id, Target: f.target, Lane: f.lane.String(), State: Dialling, Since: f.since, Clients: len(f.waiters),
+	clients := len(f.waiters)
+	if f.growth != nil {
+		clients = len(f.growth.waiting)
+	}
+	return ConnInfo{ID: f.id, Target: f.target, Lane: f.lane.String(), State: Dialling, Since: f.since, Clients: clients}
+}
+
+// dialsLocked yields all dials, those too that give a lane another upstream. yield may drop the one that it is given.
+func (p *Pool) dialsLocked(yield func(*flight) bool) {
+	for _, f := range p.flights {
+		if !yield(f) {
+			return
+		}
+	}
+	for _, g := range p.growths {
+		for f := range g.dials {
+			if !yield(f) {
+				return
+			}
+		}
 	}
 }
 
@@ -569,7 +599,7 @@ func (p *Pool) Drain(match func(ConnInfo) bool) int {
 			}
 		}
 	}
-	for _, f := range p.flights {
+	for f := range p.dialsLocked {
 		if match(f.infoLocked()) {
 			n++
 			f.drain = true
@@ -596,7 +626,7 @@ func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
 		}
 	}
 	var flights []*flight
-	for _, f := range p.flights {
+	for f := range p.dialsLocked {
 		if match(f.infoLocked()) {
 			f.reason = reason
 			flights = append(flights, f)
@@ -614,6 +644,9 @@ func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
 }
 
 var errLost = errors.New("connection lost")
+
+// ErrGone is that a connection which was named has ended, or takes nobody any more.
+var ErrGone = errors.New("the connection has ended")
 
 func lostError(t use.Target, cause error) error {
 	if cause != nil {

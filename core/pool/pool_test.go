@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -599,6 +601,70 @@ func TestRetention(t *testing.T) {
 	}
 }
 
+// slowly is a Retainer that takes a moment, or none, to say that a connection stays for a second.
+type slowly struct{}
+
+func (slowly) Retain(_ context.Context, c ConnInfo) time.Time {
+	time.Sleep(time.Duration(rand.N(2)) * rand.N(time.Millisecond)) // in a bubble: its time is the test's
+	return c.IdleSince.Add(time.Second)
+}
+
+// Clients that come when a connection's time is over get it, or a new one, and never one that is being closed.
+func TestClientsAroundTheDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &dialer{}
+		p := newPool(t, d, slowly{})
+		acquire(t, p, spec("alice")).Release()
+		met := 0 // rounds in which the connection was still there
+		for range 200 {
+			arrival := time.Now().Add(time.Second)
+			switch rand.N(3) {
+			case 0:
+				arrival = arrival.Add(rand.N(3*time.Nanosecond) - time.Nanosecond)
+			case 1:
+				arrival = arrival.Add(rand.N(2 * time.Millisecond))
+			}
+			before := d.count()
+			var clients sync.WaitGroup
+			for range 1 + rand.N(4) {
+				clients.Go(func() {
+					time.Sleep(time.Until(arrival) + time.Duration(rand.N(2))*rand.N(time.Millisecond))
+					l, err := p.Acquire(t.Context(), permit(t, use.Attach), spec("alice"), nobody{})
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if l.home.conn.Down() {
+						t.Error("a client was given a connection that has ended")
+					}
+					time.Sleep(rand.N(2 * time.Millisecond))
+					if l.home.conn.Down() {
+						t.Error("a connection was closed below a client")
+					}
+					l.Release()
+				})
+			}
+			clients.Wait()
+			if d.count() == before {
+				met++
+			}
+			if n := len(p.List()); n > 2 {
+				t.Errorf("%d connections", n)
+			}
+		}
+		if met < 20 || met > 180 {
+			t.Errorf("the connection was still there in %d rounds of 200: that is not around its end", met)
+		}
+		l := acquire(t, p, spec("alice"))
+		time.Sleep(time.Second)
+		if n := len(p.List()); n != 1 {
+			t.Errorf("%d connections a second later", n)
+		}
+		l.Release()
+		p.Close() // within the bubble
+	})
+}
+
 // watcher is a Retainer that keeps a record of what it is told.
 type watcher struct {
 	keeper
@@ -645,11 +711,41 @@ func TestWatcherIsTold(t *testing.T) {
 	if c := <-w.asked; c.IdleSince.IsZero() || time.Since(c.IdleSince) > time.Minute {
 		t.Errorf("idle since %v", c.IdleSince)
 	}
+	eventually(t, "it is known until when it is kept", func() bool {
+		c := p.List()[0]
+		return time.Until(c.KeptUntil) > 59*time.Minute && !c.IdleSince.IsZero()
+	})
 	p.Reconsider()
 	if c := <-w.asked; c.ID != 3 {
 		t.Errorf("asked about %+v", c)
 	}
 	tell("down 3 false <nil>")
+}
+
+// The times of a Retainer are the wall clock's: it is asked again when that has been set, or the machine has slept.
+func TestTheRetainerIsAskedAgainAfterAJumpOfTheClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var offset atomic.Int64
+		k := keeper{func() time.Time { return time.Now().Add(time.Hour) }, make(chan ConnInfo, 10)}
+		p := newWithClock(&dialer{}, k, gate, zerolog.Nop(), func() time.Time { return time.Now().Add(time.Duration(offset.Load())) })
+		t.Cleanup(p.Close)
+		acquire(t, p, spec("alice")).Release()
+		<-k.asked
+		time.Sleep(10 * clockTick)
+		for _, by := range []time.Duration{time.Hour, -time.Hour} {
+			if n := len(k.asked); n != 0 {
+				t.Errorf("asked %d times without a jump", n)
+			}
+			offset.Add(int64(by))
+			time.Sleep(2 * clockTick)
+			if n := len(k.asked); n != 1 {
+				t.Errorf("asked %d times after a jump by %v", n, by)
+			}
+			for len(k.asked) > 0 {
+				<-k.asked
+			}
+		}
+	})
 }
 
 // Attach is for uses that are no client's.
@@ -670,6 +766,11 @@ func TestAttach(t *testing.T) {
 	l.Release()
 	if n := len(p.List()); n != 1 {
 		t.Errorf("%d upstreams while one is held", n)
+	}
+	p.Drain(func(ConnInfo) bool { return true })
+	if third, err := p.Attach(t.Context(), permit(t, use.LocalForward), second.ID()); err == nil {
+		third.Release()
+		t.Error("attached to what takes nobody new")
 	}
 	second.Release()
 	eventually(t, "it closes with the last", func() bool { return len(p.List()) == 0 })
@@ -912,5 +1013,35 @@ func TestNewcomersDontJoinAClosedDial(t *testing.T) {
 			}
 			l.Release()
 		})
+	}
+}
+
+// A login that is made for a plugin, which can't ask anybody, may fail for want of what a client's person would have given:
+// the client that waited for it gets one of its own.
+func TestASilentLoginIsNoClients(t *testing.T) {
+	f := &farm{person: true, hold: make(chan struct{}), refuse: errNeedsPerson}
+	p := New(f, CloseAtOnce{}, use.NewGate(nil), zerolog.Nop())
+	defer p.Close()
+	silent := spec("alice")
+	silent.Silent = true
+	var both sync.WaitGroup
+	both.Go(func() {
+		if l, err := p.Acquire(t.Context(), permit(t, use.Attach), silent, noAsker{}); err == nil {
+			t.Error("a silent login that needs a person")
+			l.Release()
+		}
+	})
+	waiting := func(n int) {
+		for list := p.List(); len(list) != 1 || list[0].Clients != n; list = p.List() {
+			time.Sleep(time.Millisecond) // polling: joining has no event
+		}
+	}
+	waiting(1)
+	both.Go(func() { acquireAs(t, p, spec("alice"), yes).Release() })
+	waiting(2)
+	close(f.hold)
+	both.Wait()
+	if n := f.dials(); n != 2 {
+		t.Errorf("%d dials", n)
 	}
 }

@@ -34,32 +34,37 @@ func (l *Lease) Session(ctx context.Context, permit *use.Permit, lane Lane, wait
 	began := time.Now()
 	for {
 		p.mu.Lock()
-		u, s, wait, err := l.placeLocked(lane, time.Since(began))
-		if u != nil {
-			wait = p.wake
-		}
-		g := p.growthLocked(l.laneKey(lane))
-		g.waiting++
-		p.mu.Unlock()
+		u, s, news, err := l.placeLocked(lane, time.Since(began))
 		pause := lookEvery
 		if u != nil {
-			var ch *Channel
-			var reqs <-chan *ssh.Request
-			ch, reqs, err = u.session(ctx, l, s)
-			again := ctx.Err() == nil && (u.conn.Down() || errors.Is(err, errSpareGone) || errors.Is(err, errFull)) &&
-				time.Since(began) < slotTime
-			if err == nil || !again {
-				l.stopWaiting(g)
-				return ch, reqs, err
+			news = p.wake
+			p.mu.Unlock()
+			ch, reqs, failed := u.session(ctx, l, s)
+			if failed == nil {
+				return ch, reqs, nil
 			}
-			if pause = 0; errors.Is(err, errFull) { // else nothing has been asked of it, and another will do
+			again := ctx.Err() == nil && (u.conn.Down() || errors.Is(failed, errSpareGone) || errors.Is(failed, errFull)) &&
+				time.Since(began) < slotTime
+			if !again {
+				l.unhold(u)
+				return nil, nil, failed
+			}
+			if pause = 0; errors.Is(failed, errFull) { // else nothing has been asked of it, and another will do
 				pause = refusedPause
 			}
-			err = nil
+			p.mu.Lock()
 		}
-		if err == nil {
-			err = wake(ctx, wait, pause)
+		if err != nil {
+			p.mu.Unlock()
+			return nil, nil, err
 		}
+		g := p.growthLocked(l.laneKey(lane))
+		g.waiting[l]++
+		if u != nil { // not before: the target must not look as if it had no clients
+			l.unholdLocked(u)
+		}
+		p.mu.Unlock()
+		err = wake(ctx, news, pause)
 		l.stopWaiting(g)
 		if err != nil {
 			return nil, nil, err
@@ -75,7 +80,9 @@ func (l *Lease) stopWaiting(g *growth) {
 	p := l.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	g.waiting--
+	if g.waiting[l]--; g.waiting[l] == 0 {
+		delete(g.waiting, l)
+	}
 	p.dropGrowthsLocked()
 	p.quietLocked(l.key.key)
 }
@@ -193,7 +200,7 @@ func (u *upstream) openSessionLocked(spare bool) *opening {
 	return o
 }
 
-// session waits for a session that was reserved for l, which holds u for it.
+// session waits for a session that was reserved for l, which holds u for it: on failure the caller lets go.
 func (u *upstream) session(ctx context.Context, l *Lease, o *opening) (*Channel, <-chan *ssh.Request, error) {
 	var err error
 	select {
@@ -205,7 +212,6 @@ func (u *upstream) session(ctx context.Context, l *Lease, o *opening) (*Channel,
 		err = u.why()
 	}
 	if err != nil {
-		l.unhold(u)
 		go func() { // see openSessionLocked
 			select {
 			case <-o.ready:
@@ -222,7 +228,6 @@ func (u *upstream) session(ctx context.Context, l *Lease, o *opening) (*Channel,
 	gone := o.spare && o.ch.closed.Load() != 0
 	if gone {
 		u.sessions.noSpare = true
-		l.unholdLocked(u)
 	} else {
 		o.ch.giveLocked(l)
 	}

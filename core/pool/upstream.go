@@ -42,6 +42,7 @@ type upstream struct {
 	reason   error     // why we closed it, for its clients
 	idle     uint64    // counts the times that the last client left; a decision about an older idle is void
 	left     time.Time // when it did
+	kept     time.Time // until when, as the Retainer said after that; zero: nothing yet
 
 	fwd forwards
 }
@@ -73,12 +74,13 @@ func (u *upstream) infoLocked() ConnInfo {
 	if u.draining {
 		state = Draining
 	}
-	since := u.left
+	since, kept := u.left, u.kept
 	if len(u.leases) > 0 {
-		since = time.Time{}
+		since, kept = time.Time{}, time.Time{}
 	}
 	return ConnInfo{
-		ID: u.id, Target: u.spec.Target, Lane: u.lane.String(), State: state, IdleSince: since, Since: u.since, LastHeard: u.conn.LastHeard(),
+		ID: u.id, Target: u.spec.Target, Lane: u.lane.String(), State: state, Since: u.since, LastHeard: u.conn.LastHeard(),
+		IdleSince: since, KeptUntil: kept,
 		Server: u.conn.Server(), Clients: len(u.leases), Channels: u.channels.Load(), In: u.in.Load(), Out: u.out.Load(),
 		Sessions: u.sessions.open, MaxSessions: u.sessions.limit, Suspect: u.suspectLocked(),
 	}
@@ -102,7 +104,7 @@ func (u *upstream) letGoLocked(l *Lease) {
 		return
 	}
 	u.idle++
-	u.left = time.Now()
+	u.left, u.kept = time.Now(), time.Time{}
 	if idle := u.idle; !u.pool.closed {
 		u.pool.wg.Go(func() { u.release(idle) })
 	}
@@ -237,8 +239,14 @@ func (u *upstream) release(idle uint64) {
 			lingered = true
 		case !extra:
 			ctx, cancel := context.WithTimeout(u.pool.ctx, 10*time.Second)
-			wait = time.Until(u.pool.retainer.Retain(ctx, info))
+			until := u.pool.retainer.Retain(ctx, info)
 			cancel()
+			u.pool.mu.Lock()
+			wait = time.Until(until)
+			if u.kept = until; u.idle != idle || wait <= 0 {
+				u.kept = time.Time{}
+			}
+			u.pool.mu.Unlock()
 		}
 		if wait <= 0 {
 			break
@@ -302,7 +310,7 @@ func (p *Pool) busyLocked(key string) bool {
 		}
 	}
 	for k, g := range p.growths {
-		if k.key == key && g.waiting > 0 {
+		if k.key == key && len(g.waiting) > 0 {
 			return true
 		}
 	}

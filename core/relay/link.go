@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/muxproxy/muxproxy/core/buffer"
 	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
 )
@@ -190,16 +191,16 @@ func (k *link) serverLives() bool {
 
 // copy moves data until src ends; nil means that it ended by EOF.
 func (k *link) copy(dst io.Writer, src io.Reader, count *atomic.Int64, up bool) error {
-	var b buffer
-	defer b.release()
+	var b buffer.Buffer
+	defer b.Release()
 	for {
-		buf := b.next()
+		buf := b.Next()
 		n, err := src.Read(buf)
 		if n > 0 {
 			if _, err := dst.Write(buf[:n]); err != nil {
 				return err
 			}
-			b.took(n)
+			b.Took(n)
 			k.moved(count.Add(int64(n)), int64(n))
 			if up {
 				k.server.Count(int64(n), 0)

@@ -20,3 +20,8 @@ type Locker interface {
 	LockSession(by string) error
 	UnlockSession(by ...string) error
 }
+
+// Waker is what a Locker may be besides. Waking up opens no lock.
+type Waker interface {
+	Awake() // is called when the machine has slept, or was about to
+}

@@ -151,6 +151,9 @@ func (w *watch) heard(ctx context.Context, c *dbus.Conn, s *dbus.Signal, delay *
 			return
 		}
 		if !before { // awake again: what was locked stays so
+			if a, ok := w.lock.(Waker); ok {
+				a.Awake()
+			}
 			delay.take(ctx, w, c)
 			return
 		}

@@ -167,11 +167,20 @@ func (m *mock) signal(path dbus.ObjectPath, iface, name, signature string, args 
 	m.call(path, "org.freedesktop.DBus.Mock.EmitSignal", iface, name, signature, list)
 }
 
+// wakeful is a lock that is told of the end of a sleep.
+type wakeful struct {
+	*use.Lock
+	awake chan struct{}
+}
+
+func (w wakeful) Awake() { w.awake <- struct{}{} }
+
 // watched is a lock that follows a session.
 type watched struct {
 	*use.Lock
-	t    *testing.T
-	stop func()
+	awake chan struct{}
+	t     *testing.T
+	stop  func()
 }
 
 func follow(t *testing.T, o Options, system, session string) *watched {
@@ -191,11 +200,12 @@ func followWith(t *testing.T, l *use.Lock, o Options, system, session string) *w
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
+	awake := make(chan struct{}, 16)
 	go func() {
 		defer close(done)
-		Watch(ctx, o, l)
+		Watch(ctx, o, wakeful{l, awake})
 	}()
-	w := &watched{Lock: l, t: t}
+	w := &watched{Lock: l, awake: awake, t: t}
 	w.stop = sync.OnceFunc(func() {
 		cancel()
 		<-done
@@ -254,7 +264,11 @@ func TestLogindLocksAndOpens(t *testing.T) {
 	w.by("sleep")
 	m.signal(mine, sessionIface, "Lock", "")
 	w.by("screen", "sleep")
+	if len(w.awake) > 0 {
+		t.Error("told to be awake before it was")
+	}
 	m.signal(logindPath, managerIface, "PrepareForSleep", "b", false)
+	<-w.awake
 	m.hint(mine, true) // behind it on the wire
 	w.by("screen", "sleep")
 	m.hint(mine, false)

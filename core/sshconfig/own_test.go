@@ -10,6 +10,16 @@ import (
 	"testing"
 )
 
+// block is what setup writes, for a file of its own.
+func block(t *testing.T, hosts ...string) string {
+	t.Helper()
+	lines, err := Own{Hosts: hosts, Program: "/opt/a b/muxproxy", KnownHosts: "/x y/muxproxy/known_hosts"}.Lines()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines
+}
+
 func TestOwnLines(t *testing.T) {
 	good := Own{Program: "/opt/a b/muxproxy", KnownHosts: "/x/state/muxproxy/known_hosts"}
 	lines, err := good.Lines()
@@ -80,11 +90,7 @@ func TestOwnIsInvisible(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			e := newEnv(t)
 			included := filepath.Join(e.home, "with space", "muxproxy", "ssh_config")
-			lines, err := Own{Program: "/opt/a b/muxproxy", KnownHosts: "/x y/muxproxy/known_hosts"}.Lines()
-			if err != nil {
-				t.Fatal(err)
-			}
-			e.file("with space/muxproxy/ssh_config", lines)
+			e.file("with space/muxproxy/ssh_config", block(t))
 			path := e.file("config", config)
 			for _, host := range []string{"web", "elsewhere"} {
 				request := Request{Args: args(t, "-F", path, host)}
@@ -117,7 +123,16 @@ func TestOwnIsInvisible(t *testing.T) {
 				if now["proxyusefdpass"][0] != "yes" || now["controlpath"] != nil {
 					t.Errorf("fdpass %q, ControlPath %q", now["proxyusefdpass"], now["controlpath"])
 				}
-				// All else is as it was: the block has ended with its file.
+				// For other hosts it is not there: the block ends with its file.
+				e.file("with space/muxproxy/ssh_config", block(t, "not-this-one", "!"+host))
+				other, err := AsIs(t.Context(), "", request.Args)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !maps.EqualFunc(seen, other, slices.Equal) {
+					t.Errorf("%s, which is not led anywhere: before:\n%v\nafter:\n%v", host, seen, other)
+				}
+				e.file("with space/muxproxy/ssh_config", block(t))
 				for _, options := range []map[string][]string{seen, now} {
 					for _, k := range []string{"proxycommand", "proxyusefdpass", "globalknownhostsfile", "controlpath", "proxyjump"} {
 						delete(options, k)

@@ -61,7 +61,7 @@ func (d *dialing) algorithms() (*ssh.ClientConfig, error) {
 			}
 		}
 		if len(*k.to) == 0 {
-			return nil, d.errorf("%s in ssh_config names nothing that can be shared (%s); connect without sharing: %s",
+			return nil, d.refusedf("%s in ssh_config names nothing that can be shared (%s); connect without sharing: %s",
 				k.name, use.Printable(list), d.bypass)
 		}
 	}

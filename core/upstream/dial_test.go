@@ -100,7 +100,8 @@ func TestHostKeysOverTheWire(t *testing.T) {
 		fingerprint(host.pub))
 	strictly := strings.Replace(unknown, "; check", ", and StrictHostKeyChecking is yes; check", 1)
 	for strict, want := range map[string]string{"ask": unknown, "true": strictly, "yes": strictly} {
-		if got := dialError(t, spec(t, s.port, id, known(t, ""), "stricthostkeychecking "+strict)); got != want {
+		if got := dialErr(t, spec(t, s.port, id, known(t, ""), "stricthostkeychecking "+strict)); got.Error() != want ||
+			!errors.Is(got, pool.ErrRefused) {
 			t.Errorf("%s: got %q", strict, got)
 		}
 	}
@@ -376,6 +377,7 @@ func TestDialRefusals(t *testing.T) {
 		host    string
 		options []string
 		want    string // a regular expression
+		refused bool   // as another try would be
 	}{
 		{name: "refused", port: freePort(t), want: `^127\.0\.0\.1:\d+: connection refused$`},
 		{name: "refused by name", port: freePort(t), host: "localhost", want: `^localhost:\d+: connection refused \((127\.0\.0\.1|::1)\)$`},
@@ -386,17 +388,17 @@ func TestDialRefusals(t *testing.T) {
 		{name: "hangs up in the key exchange", port: half, want: `: connection (closed by the remote host|reset by peer) during the key exchange$`},
 		{name: "not SSH", port: web, want: `: what answers there is not an SSH server`},
 		{name: "no common cipher", port: onlyNTRU.port, options: []string{"stricthostkeychecking no"},
-			want: `: no common algorithm for client to server cipher: the server offers only aes128-cbc; connect without sharing: MUXPROXY_BYPASS=1 ssh box$`},
-		{name: "umac only", port: silent, options: []string{"macs umac-64@openssh.com,umac-128@openssh.com"}, want: `: MACs in ssh_config names nothing that can be shared \(umac`},
-		{name: "sntrup only", port: silent, options: []string{"kexalgorithms sntrup761x25519-sha512"}, want: `: KexAlgorithms in ssh_config names nothing`},
-		{name: "ProxyJump", port: silent, options: []string{"proxyjump a,b"}, want: `: ProxyJump a,b can't be shared; connect without sharing: MUXPROXY_BYPASS=1 ssh box$`},
+			want: `: no common algorithm for client to server cipher: the server offers only aes128-cbc; connect without sharing: MUXPROXY_BYPASS=1 ssh box$`, refused: true},
+		{name: "umac only", port: silent, options: []string{"macs umac-64@openssh.com,umac-128@openssh.com"}, want: `: MACs in ssh_config names nothing that can be shared \(umac`, refused: true},
+		{name: "sntrup only", port: silent, options: []string{"kexalgorithms sntrup761x25519-sha512"}, want: `: KexAlgorithms in ssh_config names nothing`, refused: true},
+		{name: "ProxyJump", port: silent, options: []string{"proxyjump a,b"}, want: `: ProxyJump a,b can't be shared; connect without sharing: MUXPROXY_BYPASS=1 ssh box$`, refused: true},
 		{name: "ProxyCommand", options: []string{"proxycommand sh -c 'echo no %n >&2; exit 3'"}, port: silent,
 			want: `: ProxyCommand ended before the server identified itself \(exit status 3\); it said "no box"$`},
 		{name: "a person", port: passwords.port, options: []string{"stricthostkeychecking no"},
-			want: `permission denied \(password,keyboard-interactive\); tried: no key; needs a password, and nobody can be asked for it here; .*MUXPROXY_BYPASS=1 ssh box$`},
+			want: `permission denied \(password,keyboard-interactive\); tried: no key; needs a password, and nobody can be asked for it here; .*MUXPROXY_BYPASS=1 ssh box$`, refused: true},
 		{name: "a person, one method", port: passwords.port, options: []string{"stricthostkeychecking no", "passwordauthentication no"},
-			want: `\(password,keyboard-interactive\); tried: no key`},
-		{name: "BatchMode", port: passwords.port, options: []string{"stricthostkeychecking no", "batchmode yes"}, want: `tried: no key; needs a password, and BatchMode=yes forbids asking$`},
+			want: `\(password,keyboard-interactive\); tried: no key`, refused: true},
+		{name: "BatchMode", port: passwords.port, options: []string{"stricthostkeychecking no", "batchmode yes"}, want: `tried: no key; needs a password, and BatchMode=yes forbids asking$`, refused: true},
 		{name: "BindAddress", port: silent, options: []string{"bindaddress ::1", "addressfamily inet"}, want: `: BindAddress ::1 has no address of the wanted family$`},
 		{name: "BindInterface", port: silent, options: []string{"bindinterface nope0"}, want: `: BindInterface nope0: `},
 		{name: "family", port: silent, options: []string{"addressfamily inet6"}, want: `^127\.0\.0\.1:\d+: `},
@@ -406,8 +408,9 @@ func TestDialRefusals(t *testing.T) {
 			if tc.host != "" {
 				sp.Target.Host = tc.host
 			}
-			if got := dialError(t, sp); !regexp.MustCompile(tc.want).MatchString(got) {
-				t.Errorf("got  %s\nwant %s", got, tc.want)
+			got := dialErr(t, sp)
+			if !regexp.MustCompile(tc.want).MatchString(got.Error()) || errors.Is(got, pool.ErrRefused) != tc.refused {
+				t.Errorf("got  %s\nwant %s, refused %v", got, tc.want, tc.refused)
 			}
 		})
 	}

@@ -75,7 +75,7 @@ func (d *dialing) hostKeys() (*hostKeys, error) {
 	if file := d.option("revokedhostkeys"); file != "" {
 		var err error
 		if h.revoked, err = readRevoked(file); err != nil {
-			return nil, d.errorf("RevokedHostKeys: %s; connect without sharing: %s", use.Printable(err.Error()), d.bypass)
+			return nil, d.refusedf("RevokedHostKeys: %s; connect without sharing: %s", use.Printable(err.Error()), d.bypass)
 		}
 	}
 	return h, nil

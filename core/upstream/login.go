@@ -215,6 +215,8 @@ func (l *login) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 		l.denied = &Error{
 			Host: use.Printable(l.spec.Target.String()),
 			Msg:  "the server wants the password to be changed, which can't be done here; change it without sharing: " + l.dialing.bypass,
+
+			Refused: true,
 		}
 		return nil, l.denied
 	}
@@ -410,7 +412,7 @@ func (l *login) methods() []string {
 
 // refusal is the line for a login that failed.
 func (l *login) refusal(allowed []string, partial bool) *Error {
-	e := &Error{Host: use.Printable(l.spec.Target.String())}
+	e := &Error{Host: use.Printable(l.spec.Target.String()), Refused: true}
 	names := use.Printable(strings.Join(allowed, ","))
 	e.Msg = fmt.Sprintf("permission denied (%s)", names)
 	if partial {

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/muxproxy/muxproxy/core/sshconfig"
@@ -114,8 +115,12 @@ func startProxy(d *dialing, cmd *exec.Cmd, stderr *lineWriter) (*proxyConn, erro
 	return p, nil
 }
 
-func (p *proxyConn) Read(b []byte) (int, error)         { return p.in.Read(b) }
-func (p *proxyConn) Write(b []byte) (int, error)        { return p.out.Write(b) }
+func (p *proxyConn) Read(b []byte) (int, error)  { return p.in.Read(b) }
+func (p *proxyConn) Write(b []byte) (int, error) { return p.out.Write(b) }
+
+// SyscallConn implements syscall.Conn: of what is read from.
+func (p *proxyConn) SyscallConn() (syscall.RawConn, error) { return p.in.SyscallConn() }
+
 func (p *proxyConn) LocalAddr() net.Addr                { return proxyAddr{} }
 func (p *proxyConn) RemoteAddr() net.Addr               { return proxyAddr{} }
 func (p *proxyConn) SetReadDeadline(t time.Time) error  { return p.in.SetReadDeadline(t) }

@@ -250,6 +250,11 @@ func serve(t *testing.T, c pool.Conn) {
 // dialError dials what must fail, and returns the line for the person.
 func dialError(t *testing.T, s pool.Spec) string {
 	t.Helper()
+	return dialErr(t, s).Error()
+}
+
+func dialErr(t *testing.T, s pool.Spec) error {
+	t.Helper()
 	c, err := (&Dialer{}).Dial(t.Context(), s, nil)
 	if err == nil {
 		serve(t, c)
@@ -259,7 +264,7 @@ func dialError(t *testing.T, s pool.Spec) string {
 	if !errors.As(err, &e) || strings.ContainsAny(err.Error(), "\n\r\x1b") {
 		t.Errorf("not a line for a person: %q", err)
 	}
-	return err.Error()
+	return err
 }
 
 // run executes a command and returns its output.

@@ -46,7 +46,12 @@ type Error struct {
 	Host string // HOST:PORT, or USER@HOST:PORT where the login failed; escaped
 	Msg  string // what failed and what to do; escaped
 	Err  error  // the cause, or nil
+	// Refused: by the server, by us because of its key or algorithms, or for want of a person's answer. It would be again.
+	Refused bool
 }
+
+// Is makes a refused login a pool.ErrRefused.
+func (e *Error) Is(target error) bool { return target == pool.ErrRefused && e.Refused }
 
 func (e *Error) Error() string { return e.Host + ": " + e.Msg }
 
@@ -112,6 +117,10 @@ func newDialing(spec pool.Spec) *dialing {
 
 func (d *dialing) errorf(format string, args ...any) *Error {
 	return &Error{Host: d.host, Msg: fmt.Sprintf(format, args...)}
+}
+
+func (d *dialing) refusedf(format string, args ...any) *Error {
+	return &Error{Host: d.host, Msg: fmt.Sprintf(format, args...), Refused: true}
 }
 
 // option is the value of a keyword, "" for none.
@@ -194,7 +203,7 @@ func (d *dialing) transport(ctx context.Context) (net.Conn, error) {
 		e.Err = err
 		return nil, e
 	case d.option("proxyjump") != "":
-		return nil, d.errorf("ProxyJump %s can't be shared; connect without sharing: %s", use.Printable(d.option("proxyjump")), d.bypass)
+		return nil, d.refusedf("ProxyJump %s can't be shared; connect without sharing: %s", use.Printable(d.option("proxyjump")), d.bypass)
 	case d.option("proxycommand") != "":
 		return d.proxyCommand(ctx)
 	}
@@ -322,14 +331,15 @@ func (d *dialing) explain(t *transport, login *login, hostKeyErr, err error) err
 		}
 		e = d.errorf("gave up connecting: %s", use.Printable(late.Error()))
 	case hostKeyErr != nil:
-		e = d.errorf("%s", hostKeyErr.Error())
+		e = d.refusedf("%s", hostKeyErr.Error())
 	case errors.As(err, &algorithm):
-		e = d.errorf("no common algorithm for %s: the server offers only %s; connect without sharing: %s",
+		e = d.refusedf("no common algorithm for %s: the server offers only %s; connect without sharing: %s",
 			use.Printable(algorithm.What), use.Printable(strings.Join(algorithm.RequestedAlgorithms, ",")), d.bypass)
 	case disconnected:
 		e = d.errorf("the server ended the connection: %s", use.Printable(reason))
-		if login.started {
+		if login.started { // too many tries, most likely
 			e.Msg += login.attempts()
+			e.Refused = true
 		}
 	case t.failure() != nil && !t.identified():
 		e = d.errorf("%s before the server identified itself", t.failure())

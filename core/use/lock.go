@@ -362,10 +362,10 @@ func (l *Lock) denied(u Use) *Denied {
 	return d
 }
 
-// TakesAway reports whether a use only ends something, or opens the lock, which asks for itself: such uses are never
-// stopped by the lock, or by a log that can't be written.
+// TakesAway reports whether a use only ends something, or opens the lock, which asks for itself, or has another master take
+// over, lock and all: such uses are never stopped by the lock, or by a log that can't be written.
 func TakesAway(u Use) bool {
 	return u.Kind == CancelForward || u.Kind == Control && slices.Contains(takeAway, u.Name)
 }
 
-var takeAway = []string{"lock", "unlock", "close", "drain", "stop", "stop --drain", "forward remove"}
+var takeAway = []string{"lock", "unlock", "close", "drain", "stop", "stop --drain", "restart", "forward remove", "confirm forget"}

@@ -45,7 +45,7 @@ func must(t *testing.T, err error) {
 func TestLockStopsAllButWhatTakesAway(t *testing.T) {
 	l, _ := openLock(t)
 	g := l.NewGate(nil, nil)
-	never := []string{"lock", "unlock", "close", "drain", "stop", "stop --drain", "forward remove"}
+	never := []string{"lock", "unlock", "close", "drain", "stop", "stop --drain", "restart", "forward remove", "confirm forget"}
 	check := func(locked bool) {
 		t.Helper()
 		for _, kind := range use.Kinds() {

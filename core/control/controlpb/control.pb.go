@@ -260,6 +260,8 @@ type Upstream struct {
 	Sessions      int64                  `protobuf:"varint,18,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	MaxSessions   int64                  `protobuf:"varint,19,opt,name=max_sessions,json=maxSessions,proto3" json:"max_sessions,omitempty"` // 0: not known
 	Suspect       bool                   `protobuf:"varint,20,opt,name=suspect,proto3" json:"suspect,omitempty"`
+	IdleSince     *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=idle_since,json=idleSince,proto3" json:"idle_since,omitempty"` // unset: it has clients
+	KeptUntil     *timestamppb.Timestamp `protobuf:"bytes,22,opt,name=kept_until,json=keptUntil,proto3" json:"kept_until,omitempty"` // unset: it has clients, or is about to close
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -432,6 +434,20 @@ func (x *Upstream) GetSuspect() bool {
 		return x.Suspect
 	}
 	return false
+}
+
+func (x *Upstream) GetIdleSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.IdleSince
+	}
+	return nil
+}
+
+func (x *Upstream) GetKeptUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.KeptUntil
+	}
+	return nil
 }
 
 // Client is one local ssh connection.
@@ -1100,6 +1116,86 @@ func (*StopResponse) Descriptor() ([]byte, []int) {
 	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{15}
 }
 
+type RestartRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartRequest) Reset() {
+	*x = RestartRequest{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartRequest) ProtoMessage() {}
+
+func (x *RestartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartRequest.ProtoReflect.Descriptor instead.
+func (*RestartRequest) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{16}
+}
+
+type RestartResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pid           int64                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"` // of the new master, which may not be ready yet
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartResponse) Reset() {
+	*x = RestartResponse{}
+	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartResponse) ProtoMessage() {}
+
+func (x *RestartResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartResponse.ProtoReflect.Descriptor instead.
+func (*RestartResponse) Descriptor() ([]byte, []int) {
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RestartResponse) GetPid() int64 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
 type ReloadRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Color         bool                   `protobuf:"varint,1,opt,name=color,proto3" json:"color,omitempty"` // text may have ANSI colours
@@ -1109,7 +1205,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1121,7 +1217,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[16]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1134,7 +1230,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{16}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReloadRequest) GetColor() bool {
@@ -1156,7 +1252,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1168,7 +1264,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[17]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1181,7 +1277,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{17}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReloadResponse) GetFile() string {
@@ -1221,7 +1317,7 @@ type LockRequest struct {
 
 func (x *LockRequest) Reset() {
 	*x = LockRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1329,7 @@ func (x *LockRequest) String() string {
 func (*LockRequest) ProtoMessage() {}
 
 func (x *LockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[18]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1342,7 @@ func (x *LockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LockRequest.ProtoReflect.Descriptor instead.
 func (*LockRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{18}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LockRequest) GetPassphrase() []byte {
@@ -1264,7 +1360,7 @@ type LockResponse struct {
 
 func (x *LockResponse) Reset() {
 	*x = LockResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1372,7 @@ func (x *LockResponse) String() string {
 func (*LockResponse) ProtoMessage() {}
 
 func (x *LockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[19]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1385,7 @@ func (x *LockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LockResponse.ProtoReflect.Descriptor instead.
 func (*LockResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{19}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{21}
 }
 
 type UnlockRequest struct {
@@ -1301,7 +1397,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1313,7 +1409,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[20]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1326,7 +1422,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{20}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *UnlockRequest) GetPassphrase() []byte {
@@ -1346,7 +1442,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1358,7 +1454,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[21]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1371,7 +1467,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{21}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *UnlockResponse) GetLock() *LockState {
@@ -1390,13 +1486,14 @@ func (x *UnlockResponse) GetWrong() bool {
 
 type HostKeysRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Made          bool                   `protobuf:"varint,1,opt,name=made,proto3" json:"made,omitempty"` // only those that have been made; the others are not made for this
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HostKeysRequest) Reset() {
 	*x = HostKeysRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1408,7 +1505,7 @@ func (x *HostKeysRequest) String() string {
 func (*HostKeysRequest) ProtoMessage() {}
 
 func (x *HostKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[22]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1421,7 +1518,14 @@ func (x *HostKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostKeysRequest.ProtoReflect.Descriptor instead.
 func (*HostKeysRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{22}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *HostKeysRequest) GetMade() bool {
+	if x != nil {
+		return x.Made
+	}
+	return false
 }
 
 type HostKeysResponse struct {
@@ -1434,7 +1538,7 @@ type HostKeysResponse struct {
 
 func (x *HostKeysResponse) Reset() {
 	*x = HostKeysResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1446,7 +1550,7 @@ func (x *HostKeysResponse) String() string {
 func (*HostKeysResponse) ProtoMessage() {}
 
 func (x *HostKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[23]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1459,7 +1563,7 @@ func (x *HostKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostKeysResponse.ProtoReflect.Descriptor instead.
 func (*HostKeysResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{23}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HostKeysResponse) GetPlain() []string {
@@ -1484,7 +1588,7 @@ type DumpRequest struct {
 
 func (x *DumpRequest) Reset() {
 	*x = DumpRequest{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1600,7 @@ func (x *DumpRequest) String() string {
 func (*DumpRequest) ProtoMessage() {}
 
 func (x *DumpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[24]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1613,7 @@ func (x *DumpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DumpRequest.ProtoReflect.Descriptor instead.
 func (*DumpRequest) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{24}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{26}
 }
 
 type DumpResponse struct {
@@ -1521,7 +1625,7 @@ type DumpResponse struct {
 
 func (x *DumpResponse) Reset() {
 	*x = DumpResponse{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1637,7 @@ func (x *DumpResponse) String() string {
 func (*DumpResponse) ProtoMessage() {}
 
 func (x *DumpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[25]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1650,7 @@ func (x *DumpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DumpResponse.ProtoReflect.Descriptor instead.
 func (*DumpResponse) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{25}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DumpResponse) GetText() []byte {
@@ -1568,7 +1672,7 @@ type Denied struct {
 
 func (x *Denied) Reset() {
 	*x = Denied{}
-	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1684,7 @@ func (x *Denied) String() string {
 func (*Denied) ProtoMessage() {}
 
 func (x *Denied) ProtoReflect() protoreflect.Message {
-	mi := &file_core_control_controlpb_control_proto_msgTypes[26]
+	mi := &file_core_control_controlpb_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1697,7 @@ func (x *Denied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Denied.ProtoReflect.Descriptor instead.
 func (*Denied) Descriptor() ([]byte, []int) {
-	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{26}
+	return file_core_control_controlpb_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Denied) GetBy() string {
@@ -1639,7 +1743,7 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x02by\x18\x03 \x03(\tR\x02by\x12\x1e\n" +
 	"\n" +
 	"passphrase\x18\x04 \x01(\bR\n" +
-	"passphrase\"\xa2\x04\n" +
+	"passphrase\"\x98\x05\n" +
 	"\bUpstream\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x12\n" +
@@ -1662,7 +1766,11 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x03out\x18\x11 \x01(\x03R\x03out\x12\x1a\n" +
 	"\bsessions\x18\x12 \x01(\x03R\bsessions\x12!\n" +
 	"\fmax_sessions\x18\x13 \x01(\x03R\vmaxSessions\x12\x18\n" +
-	"\asuspect\x18\x14 \x01(\bR\asuspect\"\x97\x02\n" +
+	"\asuspect\x18\x14 \x01(\bR\asuspect\x129\n" +
+	"\n" +
+	"idle_since\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\tidleSince\x129\n" +
+	"\n" +
+	"kept_until\x18\x16 \x01(\v2\x1a.google.protobuf.TimestampR\tkeptUntil\"\x97\x02\n" +
 	"\x06Client\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x14\n" +
@@ -1703,7 +1811,10 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\tupstreams\x18\x01 \x01(\x03R\tupstreams\"#\n" +
 	"\vStopRequest\x12\x14\n" +
 	"\x05drain\x18\x01 \x01(\bR\x05drain\"\x0e\n" +
-	"\fStopResponse\"%\n" +
+	"\fStopResponse\"\x10\n" +
+	"\x0eRestartRequest\"#\n" +
+	"\x0fRestartResponse\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\x03R\x03pid\"%\n" +
 	"\rReloadRequest\x12\x14\n" +
 	"\x05color\x18\x01 \x01(\bR\x05color\"u\n" +
 	"\x0eReloadResponse\x12\x12\n" +
@@ -1722,8 +1833,9 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"passphrase\"Z\n" +
 	"\x0eUnlockResponse\x122\n" +
 	"\x04lock\x18\x01 \x01(\v2\x1e.muxproxy.control.v1.LockStateR\x04lock\x12\x14\n" +
-	"\x05wrong\x18\x02 \x01(\bR\x05wrong\"\x11\n" +
-	"\x0fHostKeysRequest\"8\n" +
+	"\x05wrong\x18\x02 \x01(\bR\x05wrong\"%\n" +
+	"\x0fHostKeysRequest\x12\x12\n" +
+	"\x04made\x18\x01 \x01(\bR\x04made\"8\n" +
 	"\x10HostKeysResponse\x12\x14\n" +
 	"\x05plain\x18\x01 \x03(\tR\x05plain\x12\x0e\n" +
 	"\x02ca\x18\x02 \x03(\tR\x02ca\"\r\n" +
@@ -1733,13 +1845,14 @@ const file_core_control_controlpb_control_proto_rawDesc = "" +
 	"\x06Denied\x12\x0e\n" +
 	"\x02by\x18\x01 \x01(\tR\x02by\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
-	"\x04hint\x18\x03 \x01(\tR\x04hint2\xb5\x06\n" +
+	"\x04hint\x18\x03 \x01(\tR\x04hint2\x8b\a\n" +
 	"\aControl\x12Q\n" +
 	"\x06Status\x12\".muxproxy.control.v1.StatusRequest\x1a#.muxproxy.control.v1.StatusResponse\x12Q\n" +
 	"\x06Exists\x12\".muxproxy.control.v1.ExistsRequest\x1a#.muxproxy.control.v1.ExistsResponse\x12N\n" +
 	"\x05Close\x12!.muxproxy.control.v1.CloseRequest\x1a\".muxproxy.control.v1.CloseResponse\x12N\n" +
 	"\x05Drain\x12!.muxproxy.control.v1.DrainRequest\x1a\".muxproxy.control.v1.DrainResponse\x12K\n" +
-	"\x04Stop\x12 .muxproxy.control.v1.StopRequest\x1a!.muxproxy.control.v1.StopResponse\x12Q\n" +
+	"\x04Stop\x12 .muxproxy.control.v1.StopRequest\x1a!.muxproxy.control.v1.StopResponse\x12T\n" +
+	"\aRestart\x12#.muxproxy.control.v1.RestartRequest\x1a$.muxproxy.control.v1.RestartResponse\x12Q\n" +
 	"\x06Reload\x12\".muxproxy.control.v1.ReloadRequest\x1a#.muxproxy.control.v1.ReloadResponse\x12K\n" +
 	"\x04Lock\x12 .muxproxy.control.v1.LockRequest\x1a!.muxproxy.control.v1.LockResponse\x12Q\n" +
 	"\x06Unlock\x12\".muxproxy.control.v1.UnlockRequest\x1a#.muxproxy.control.v1.UnlockResponse\x12W\n" +
@@ -1758,7 +1871,7 @@ func file_core_control_controlpb_control_proto_rawDescGZIP() []byte {
 	return file_core_control_controlpb_control_proto_rawDescData
 }
 
-var file_core_control_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_core_control_controlpb_control_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_core_control_controlpb_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: muxproxy.control.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: muxproxy.control.v1.StatusResponse
@@ -1776,58 +1889,64 @@ var file_core_control_controlpb_control_proto_goTypes = []any{
 	(*DrainResponse)(nil),         // 13: muxproxy.control.v1.DrainResponse
 	(*StopRequest)(nil),           // 14: muxproxy.control.v1.StopRequest
 	(*StopResponse)(nil),          // 15: muxproxy.control.v1.StopResponse
-	(*ReloadRequest)(nil),         // 16: muxproxy.control.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 17: muxproxy.control.v1.ReloadResponse
-	(*LockRequest)(nil),           // 18: muxproxy.control.v1.LockRequest
-	(*LockResponse)(nil),          // 19: muxproxy.control.v1.LockResponse
-	(*UnlockRequest)(nil),         // 20: muxproxy.control.v1.UnlockRequest
-	(*UnlockResponse)(nil),        // 21: muxproxy.control.v1.UnlockResponse
-	(*HostKeysRequest)(nil),       // 22: muxproxy.control.v1.HostKeysRequest
-	(*HostKeysResponse)(nil),      // 23: muxproxy.control.v1.HostKeysResponse
-	(*DumpRequest)(nil),           // 24: muxproxy.control.v1.DumpRequest
-	(*DumpResponse)(nil),          // 25: muxproxy.control.v1.DumpResponse
-	(*Denied)(nil),                // 26: muxproxy.control.v1.Denied
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(*RestartRequest)(nil),        // 16: muxproxy.control.v1.RestartRequest
+	(*RestartResponse)(nil),       // 17: muxproxy.control.v1.RestartResponse
+	(*ReloadRequest)(nil),         // 18: muxproxy.control.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 19: muxproxy.control.v1.ReloadResponse
+	(*LockRequest)(nil),           // 20: muxproxy.control.v1.LockRequest
+	(*LockResponse)(nil),          // 21: muxproxy.control.v1.LockResponse
+	(*UnlockRequest)(nil),         // 22: muxproxy.control.v1.UnlockRequest
+	(*UnlockResponse)(nil),        // 23: muxproxy.control.v1.UnlockResponse
+	(*HostKeysRequest)(nil),       // 24: muxproxy.control.v1.HostKeysRequest
+	(*HostKeysResponse)(nil),      // 25: muxproxy.control.v1.HostKeysResponse
+	(*DumpRequest)(nil),           // 26: muxproxy.control.v1.DumpRequest
+	(*DumpResponse)(nil),          // 27: muxproxy.control.v1.DumpResponse
+	(*Denied)(nil),                // 28: muxproxy.control.v1.Denied
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
 }
 var file_core_control_controlpb_control_proto_depIdxs = []int32{
-	27, // 0: muxproxy.control.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
+	29, // 0: muxproxy.control.v1.StatusResponse.since:type_name -> google.protobuf.Timestamp
 	3,  // 1: muxproxy.control.v1.StatusResponse.upstreams:type_name -> muxproxy.control.v1.Upstream
 	4,  // 2: muxproxy.control.v1.StatusResponse.clients:type_name -> muxproxy.control.v1.Client
 	2,  // 3: muxproxy.control.v1.StatusResponse.lock:type_name -> muxproxy.control.v1.LockState
-	27, // 4: muxproxy.control.v1.LockState.since:type_name -> google.protobuf.Timestamp
-	27, // 5: muxproxy.control.v1.Upstream.since:type_name -> google.protobuf.Timestamp
-	27, // 6: muxproxy.control.v1.Upstream.last_heard:type_name -> google.protobuf.Timestamp
-	27, // 7: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
-	5,  // 8: muxproxy.control.v1.Client.caller:type_name -> muxproxy.control.v1.Caller
-	7,  // 9: muxproxy.control.v1.Client.channels:type_name -> muxproxy.control.v1.Channel
-	6,  // 10: muxproxy.control.v1.Caller.processes:type_name -> muxproxy.control.v1.Process
-	27, // 11: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
-	2,  // 12: muxproxy.control.v1.UnlockResponse.lock:type_name -> muxproxy.control.v1.LockState
-	0,  // 13: muxproxy.control.v1.Control.Status:input_type -> muxproxy.control.v1.StatusRequest
-	8,  // 14: muxproxy.control.v1.Control.Exists:input_type -> muxproxy.control.v1.ExistsRequest
-	10, // 15: muxproxy.control.v1.Control.Close:input_type -> muxproxy.control.v1.CloseRequest
-	12, // 16: muxproxy.control.v1.Control.Drain:input_type -> muxproxy.control.v1.DrainRequest
-	14, // 17: muxproxy.control.v1.Control.Stop:input_type -> muxproxy.control.v1.StopRequest
-	16, // 18: muxproxy.control.v1.Control.Reload:input_type -> muxproxy.control.v1.ReloadRequest
-	18, // 19: muxproxy.control.v1.Control.Lock:input_type -> muxproxy.control.v1.LockRequest
-	20, // 20: muxproxy.control.v1.Control.Unlock:input_type -> muxproxy.control.v1.UnlockRequest
-	22, // 21: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
-	24, // 22: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
-	1,  // 23: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
-	9,  // 24: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
-	11, // 25: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
-	13, // 26: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
-	15, // 27: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
-	17, // 28: muxproxy.control.v1.Control.Reload:output_type -> muxproxy.control.v1.ReloadResponse
-	19, // 29: muxproxy.control.v1.Control.Lock:output_type -> muxproxy.control.v1.LockResponse
-	21, // 30: muxproxy.control.v1.Control.Unlock:output_type -> muxproxy.control.v1.UnlockResponse
-	23, // 31: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
-	25, // 32: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
-	23, // [23:33] is the sub-list for method output_type
-	13, // [13:23] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	29, // 4: muxproxy.control.v1.LockState.since:type_name -> google.protobuf.Timestamp
+	29, // 5: muxproxy.control.v1.Upstream.since:type_name -> google.protobuf.Timestamp
+	29, // 6: muxproxy.control.v1.Upstream.last_heard:type_name -> google.protobuf.Timestamp
+	29, // 7: muxproxy.control.v1.Upstream.idle_since:type_name -> google.protobuf.Timestamp
+	29, // 8: muxproxy.control.v1.Upstream.kept_until:type_name -> google.protobuf.Timestamp
+	29, // 9: muxproxy.control.v1.Client.since:type_name -> google.protobuf.Timestamp
+	5,  // 10: muxproxy.control.v1.Client.caller:type_name -> muxproxy.control.v1.Caller
+	7,  // 11: muxproxy.control.v1.Client.channels:type_name -> muxproxy.control.v1.Channel
+	6,  // 12: muxproxy.control.v1.Caller.processes:type_name -> muxproxy.control.v1.Process
+	29, // 13: muxproxy.control.v1.Channel.since:type_name -> google.protobuf.Timestamp
+	2,  // 14: muxproxy.control.v1.UnlockResponse.lock:type_name -> muxproxy.control.v1.LockState
+	0,  // 15: muxproxy.control.v1.Control.Status:input_type -> muxproxy.control.v1.StatusRequest
+	8,  // 16: muxproxy.control.v1.Control.Exists:input_type -> muxproxy.control.v1.ExistsRequest
+	10, // 17: muxproxy.control.v1.Control.Close:input_type -> muxproxy.control.v1.CloseRequest
+	12, // 18: muxproxy.control.v1.Control.Drain:input_type -> muxproxy.control.v1.DrainRequest
+	14, // 19: muxproxy.control.v1.Control.Stop:input_type -> muxproxy.control.v1.StopRequest
+	16, // 20: muxproxy.control.v1.Control.Restart:input_type -> muxproxy.control.v1.RestartRequest
+	18, // 21: muxproxy.control.v1.Control.Reload:input_type -> muxproxy.control.v1.ReloadRequest
+	20, // 22: muxproxy.control.v1.Control.Lock:input_type -> muxproxy.control.v1.LockRequest
+	22, // 23: muxproxy.control.v1.Control.Unlock:input_type -> muxproxy.control.v1.UnlockRequest
+	24, // 24: muxproxy.control.v1.Control.HostKeys:input_type -> muxproxy.control.v1.HostKeysRequest
+	26, // 25: muxproxy.control.v1.Control.Dump:input_type -> muxproxy.control.v1.DumpRequest
+	1,  // 26: muxproxy.control.v1.Control.Status:output_type -> muxproxy.control.v1.StatusResponse
+	9,  // 27: muxproxy.control.v1.Control.Exists:output_type -> muxproxy.control.v1.ExistsResponse
+	11, // 28: muxproxy.control.v1.Control.Close:output_type -> muxproxy.control.v1.CloseResponse
+	13, // 29: muxproxy.control.v1.Control.Drain:output_type -> muxproxy.control.v1.DrainResponse
+	15, // 30: muxproxy.control.v1.Control.Stop:output_type -> muxproxy.control.v1.StopResponse
+	17, // 31: muxproxy.control.v1.Control.Restart:output_type -> muxproxy.control.v1.RestartResponse
+	19, // 32: muxproxy.control.v1.Control.Reload:output_type -> muxproxy.control.v1.ReloadResponse
+	21, // 33: muxproxy.control.v1.Control.Lock:output_type -> muxproxy.control.v1.LockResponse
+	23, // 34: muxproxy.control.v1.Control.Unlock:output_type -> muxproxy.control.v1.UnlockResponse
+	25, // 35: muxproxy.control.v1.Control.HostKeys:output_type -> muxproxy.control.v1.HostKeysResponse
+	27, // 36: muxproxy.control.v1.Control.Dump:output_type -> muxproxy.control.v1.DumpResponse
+	26, // [26:37] is the sub-list for method output_type
+	15, // [15:26] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_core_control_controlpb_control_proto_init() }
@@ -1841,7 +1960,7 @@ func file_core_control_controlpb_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_control_controlpb_control_proto_rawDesc), len(file_core_control_controlpb_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -195,6 +195,55 @@ func (Decision_Verdict) EnumDescriptor() ([]byte, []int) {
 	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{17, 0}
 }
 
+type AskResponse_Answer int32
+
+const (
+	AskResponse_ANSWER_UNSPECIFIED AskResponse_Answer = 0 // nobody: the client asks its person nothing, or no more
+	AskResponse_ANSWER_YES         AskResponse_Answer = 1
+	AskResponse_ANSWER_NO          AskResponse_Answer = 2
+)
+
+// Enum value maps for AskResponse_Answer.
+var (
+	AskResponse_Answer_name = map[int32]string{
+		0: "ANSWER_UNSPECIFIED",
+		1: "ANSWER_YES",
+		2: "ANSWER_NO",
+	}
+	AskResponse_Answer_value = map[string]int32{
+		"ANSWER_UNSPECIFIED": 0,
+		"ANSWER_YES":         1,
+		"ANSWER_NO":          2,
+	}
+)
+
+func (x AskResponse_Answer) Enum() *AskResponse_Answer {
+	p := new(AskResponse_Answer)
+	*p = x
+	return p
+}
+
+func (x AskResponse_Answer) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AskResponse_Answer) Descriptor() protoreflect.EnumDescriptor {
+	return file_core_plugin_pluginpb_plugin_proto_enumTypes[3].Descriptor()
+}
+
+func (AskResponse_Answer) Type() protoreflect.EnumType {
+	return &file_core_plugin_pluginpb_plugin_proto_enumTypes[3]
+}
+
+func (x AskResponse_Answer) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AskResponse_Answer.Descriptor instead.
+func (AskResponse_Answer) EnumDescriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45, 0}
+}
+
 type DescribeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -656,6 +705,7 @@ type Block struct {
 	Kind          Block_Kind             `protobuf:"varint,2,opt,name=kind,proto3,enum=muxproxy.plugin.v1.Block_Kind" json:"kind,omitempty"`
 	Value         []byte                 `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"` // JSON, as the schema says
 	Hosts         []string               `protobuf:"bytes,4,rep,name=hosts,proto3" json:"hosts,omitempty"` // of a host block: its labels
+	Pos           string                 `protobuf:"bytes,5,opt,name=pos,proto3" json:"pos,omitempty"`     // FILE:LINE of it, for a person; may be ""
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -716,6 +766,13 @@ func (x *Block) GetHosts() []string {
 		return x.Hosts
 	}
 	return nil
+}
+
+func (x *Block) GetPos() string {
+	if x != nil {
+		return x.Pos
+	}
+	return ""
 }
 
 type ConfigureResponse struct {
@@ -1479,6 +1536,7 @@ type Connection struct {
 	Up            bool                   `protobuf:"varint,4,opt,name=up,proto3" json:"up,omitempty"`
 	Clients       uint32                 `protobuf:"varint,5,opt,name=clients,proto3" json:"clients,omitempty"`
 	Since         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=since,proto3" json:"since,omitempty"`
+	Block         string                 `protobuf:"bytes,7,opt,name=block,proto3" json:"block,omitempty"` // the plugin's block that holds for it; "": none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1555,11 +1613,17 @@ func (x *Connection) GetSince() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Connection) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
 type RetainRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Connection    *Connection            `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
-	Block         string                 `protobuf:"bytes,2,opt,name=block,proto3" json:"block,omitempty"`
-	IdleSince     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=idle_since,json=idleSince,proto3" json:"idle_since,omitempty"`
+	IdleSince     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=idle_since,json=idleSince,proto3" json:"idle_since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1599,13 +1663,6 @@ func (x *RetainRequest) GetConnection() *Connection {
 		return x.Connection
 	}
 	return nil
-}
-
-func (x *RetainRequest) GetBlock() string {
-	if x != nil {
-		return x.Block
-	}
-	return ""
 }
 
 func (x *RetainRequest) GetIdleSince() *timestamppb.Timestamp {
@@ -1661,20 +1718,23 @@ func (x *RetainResponse) GetUntil() *timestamppb.Timestamp {
 
 // Event is something that happened at a host with a block of the plugin, or to the whole master.
 type Event struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"` // "decision", "end", "up", "down", "locked", "unlocked", "sleep", "wake"; more may come
-	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`     // joins the records of one use
-	Use           *Use                   `protobuf:"bytes,4,opt,name=use,proto3" json:"use,omitempty"`   // of "decision" and "end"
-	Allowed       bool                   `protobuf:"varint,5,opt,name=allowed,proto3" json:"allowed,omitempty"`
-	By            string                 `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`         // who denied
-	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"` // of a denial or of "down", one line
-	Result        string                 `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"` // of "end": "ok", "exit", "signal", "cut", "refused", "closed"; of "down": "closed" here, or "lost"
-	ExitCode      uint32                 `protobuf:"varint,9,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
-	In            int64                  `protobuf:"varint,10,opt,name=in,proto3" json:"in,omitempty"`
-	Out           int64                  `protobuf:"varint,11,opt,name=out,proto3" json:"out,omitempty"`
-	Connection    *Connection            `protobuf:"bytes,12,opt,name=connection,proto3" json:"connection,omitempty"` // of "up" and "down"
-	Dropped       uint64                 `protobuf:"varint,13,opt,name=dropped,proto3" json:"dropped,omitempty"`      // events lost before this one since the last that came
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// "decision", "end", "up", "down", "locked", "unlocked", "sleep", "wake"; "policy": what Configure brought is in force, and
+	// the plugin's calls are judged by it; "answered": `muxproxy allow` or `deny` has answered one of the plugin's own pending
+	// uses. More may come.
+	Kind          string      `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Id            string      `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`   // joins the records of one use; of "answered", that of AuthorizeRequest
+	Use           *Use        `protobuf:"bytes,4,opt,name=use,proto3" json:"use,omitempty"` // of "decision" and "end"
+	Allowed       bool        `protobuf:"varint,5,opt,name=allowed,proto3" json:"allowed,omitempty"`
+	By            string      `protobuf:"bytes,6,opt,name=by,proto3" json:"by,omitempty"`         // who denied
+	Reason        string      `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"` // of a denial or of "down", one line
+	Result        string      `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"` // of "end": "ok", "exit", "signal", "cut", "refused", "closed"; of "down": "closed" here, or "lost"
+	ExitCode      uint32      `protobuf:"varint,9,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
+	In            int64       `protobuf:"varint,10,opt,name=in,proto3" json:"in,omitempty"`
+	Out           int64       `protobuf:"varint,11,opt,name=out,proto3" json:"out,omitempty"`
+	Connection    *Connection `protobuf:"bytes,12,opt,name=connection,proto3" json:"connection,omitempty"` // of "up" and "down"
+	Dropped       uint64      `protobuf:"varint,13,opt,name=dropped,proto3" json:"dropped,omitempty"`      // events lost before this one since the last that came
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2103,8 +2163,10 @@ func (x *ConnectRequest) GetTarget() string {
 }
 
 type ConnectResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Connection    *Connection            `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Connection *Connection            `protobuf:"bytes,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	// Instead of a connection: why the login was refused. Another try would end the same until a person has done something.
+	Refused       string `protobuf:"bytes,2,opt,name=refused,proto3" json:"refused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2146,6 +2208,109 @@ func (x *ConnectResponse) GetConnection() *Connection {
 	return nil
 }
 
+func (x *ConnectResponse) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+type ResolveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Target        string                 `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"` // as in ConnectRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResolveRequest) Reset() {
+	*x = ResolveRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResolveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResolveRequest) ProtoMessage() {}
+
+func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
+func (*ResolveRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ResolveRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+type ResolveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Target        *Target                `protobuf:"bytes,1,opt,name=target,proto3" json:"target,omitempty"`
+	Block         string                 `protobuf:"bytes,2,opt,name=block,proto3" json:"block,omitempty"` // the plugin's block that holds for connections to it; "": none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResolveResponse) Reset() {
+	*x = ResolveResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResolveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResolveResponse) ProtoMessage() {}
+
+func (x *ResolveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResolveResponse.ProtoReflect.Descriptor instead.
+func (*ResolveResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ResolveResponse) GetTarget() *Target {
+	if x != nil {
+		return x.Target
+	}
+	return nil
+}
+
+func (x *ResolveResponse) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
 type CloseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Connection    uint64                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
@@ -2155,7 +2320,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2167,7 +2332,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[29]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2180,7 +2345,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{29}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CloseRequest) GetConnection() uint64 {
@@ -2198,7 +2363,7 @@ type CloseResponse struct {
 
 func (x *CloseResponse) Reset() {
 	*x = CloseResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2210,7 +2375,7 @@ func (x *CloseResponse) String() string {
 func (*CloseResponse) ProtoMessage() {}
 
 func (x *CloseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[30]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2223,7 +2388,87 @@ func (x *CloseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseResponse.ProtoReflect.Descriptor instead.
 func (*CloseResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{30}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{32}
+}
+
+type DrainRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Connection    uint64                 `protobuf:"varint,1,opt,name=connection,proto3" json:"connection,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *DrainRequest) GetConnection() uint64 {
+	if x != nil {
+		return x.Connection
+	}
+	return 0
+}
+
+type DrainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainResponse) Reset() {
+	*x = DrainResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainResponse) ProtoMessage() {}
+
+func (x *DrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
+func (*DrainResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{34}
 }
 
 type DialRequest struct {
@@ -2241,7 +2486,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +2498,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[31]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +2511,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{31}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DialRequest) GetConnection() uint64 {
@@ -2321,7 +2566,7 @@ type DialResponse struct {
 
 func (x *DialResponse) Reset() {
 	*x = DialResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2578,7 @@ func (x *DialResponse) String() string {
 func (*DialResponse) ProtoMessage() {}
 
 func (x *DialResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[32]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2591,7 @@ func (x *DialResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialResponse.ProtoReflect.Descriptor instead.
 func (*DialResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{32}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DialResponse) GetTicket() *Ticket {
@@ -2365,7 +2610,9 @@ func (x *DialResponse) GetRefusal() *Refusal {
 
 // Ticket is spent by connecting to the stream socket and sending its 16 bytes, with at most one connected stream socket as
 // SCM_RIGHTS. One byte answers: 0, or another one followed by a line of text. After 0 the connection is the stream; if a
-// socket came along, that one is, and the connection only stays open for as long as the stream does.
+// socket came along, that one is. Then the connection stays open for as long as the stream does and says what that has
+// carried: two unsigned 64-bit numbers in network byte order, of bytes towards the remote host and of bytes from it. They
+// come again while they grow, a second apart, and at the end; without those of the end the master has ended before.
 type Ticket struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -2375,7 +2622,7 @@ type Ticket struct {
 
 func (x *Ticket) Reset() {
 	*x = Ticket{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2387,7 +2634,7 @@ func (x *Ticket) String() string {
 func (*Ticket) ProtoMessage() {}
 
 func (x *Ticket) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[33]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2400,7 +2647,7 @@ func (x *Ticket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ticket.ProtoReflect.Descriptor instead.
 func (*Ticket) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{33}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Ticket) GetId() []byte {
@@ -2421,7 +2668,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2433,7 +2680,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[34]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2446,7 +2693,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{34}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Refusal) GetReason() uint32 {
@@ -2474,7 +2721,7 @@ type ListenRequest struct {
 
 func (x *ListenRequest) Reset() {
 	*x = ListenRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2733,7 @@ func (x *ListenRequest) String() string {
 func (*ListenRequest) ProtoMessage() {}
 
 func (x *ListenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[35]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2746,7 @@ func (x *ListenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListenRequest.ProtoReflect.Descriptor instead.
 func (*ListenRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{35}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListenRequest) GetConnection() uint64 {
@@ -2536,7 +2783,7 @@ type ListenResponse struct {
 
 func (x *ListenResponse) Reset() {
 	*x = ListenResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2548,7 +2795,7 @@ func (x *ListenResponse) String() string {
 func (*ListenResponse) ProtoMessage() {}
 
 func (x *ListenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[36]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2561,7 +2808,7 @@ func (x *ListenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListenResponse.ProtoReflect.Descriptor instead.
 func (*ListenResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{36}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListenResponse) GetEvent() isListenResponse_Event {
@@ -2615,7 +2862,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2874,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[37]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2887,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{37}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Accepted) GetTicket() *Ticket {
@@ -2667,7 +2914,7 @@ type DecideRequest struct {
 
 func (x *DecideRequest) Reset() {
 	*x = DecideRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2679,7 +2926,7 @@ func (x *DecideRequest) String() string {
 func (*DecideRequest) ProtoMessage() {}
 
 func (x *DecideRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[38]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2692,7 +2939,7 @@ func (x *DecideRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
 func (*DecideRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{38}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DecideRequest) GetId() string {
@@ -2717,7 +2964,7 @@ type DecideResponse struct {
 
 func (x *DecideResponse) Reset() {
 	*x = DecideResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2729,7 +2976,7 @@ func (x *DecideResponse) String() string {
 func (*DecideResponse) ProtoMessage() {}
 
 func (x *DecideResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[39]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2742,7 +2989,103 @@ func (x *DecideResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideResponse.ProtoReflect.Descriptor instead.
 func (*DecideResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{39}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
+}
+
+type AskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`             // of AuthorizeRequest
+	Question      string                 `protobuf:"bytes,2,opt,name=question,proto3" json:"question,omitempty"` // one line, to be answered with yes or no
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskRequest) Reset() {
+	*x = AskRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskRequest) ProtoMessage() {}
+
+func (x *AskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskRequest.ProtoReflect.Descriptor instead.
+func (*AskRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *AskRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AskRequest) GetQuestion() string {
+	if x != nil {
+		return x.Question
+	}
+	return ""
+}
+
+type AskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Answer        AskResponse_Answer     `protobuf:"varint,1,opt,name=answer,proto3,enum=muxproxy.plugin.v1.AskResponse_Answer" json:"answer,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskResponse) Reset() {
+	*x = AskResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskResponse) ProtoMessage() {}
+
+func (x *AskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskResponse.ProtoReflect.Descriptor instead.
+func (*AskResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *AskResponse) GetAnswer() AskResponse_Answer {
+	if x != nil {
+		return x.Answer
+	}
+	return AskResponse_ANSWER_UNSPECIFIED
 }
 
 type NotifyRequest struct {
@@ -2755,7 +3098,7 @@ type NotifyRequest struct {
 
 func (x *NotifyRequest) Reset() {
 	*x = NotifyRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2767,7 +3110,7 @@ func (x *NotifyRequest) String() string {
 func (*NotifyRequest) ProtoMessage() {}
 
 func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[40]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2780,7 +3123,7 @@ func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyRequest.ProtoReflect.Descriptor instead.
 func (*NotifyRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{40}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *NotifyRequest) GetConnection() uint64 {
@@ -2805,7 +3148,7 @@ type NotifyResponse struct {
 
 func (x *NotifyResponse) Reset() {
 	*x = NotifyResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2817,7 +3160,7 @@ func (x *NotifyResponse) String() string {
 func (*NotifyResponse) ProtoMessage() {}
 
 func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[41]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2830,7 +3173,7 @@ func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyResponse.ProtoReflect.Descriptor instead.
 func (*NotifyResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{41}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
 }
 
 type KeepRequest struct {
@@ -2842,7 +3185,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2854,7 +3197,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2867,7 +3210,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *KeepRequest) GetData() []byte {
@@ -2885,7 +3228,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +3240,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +3253,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{49}
 }
 
 type KeptRequest struct {
@@ -2921,7 +3264,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2933,7 +3276,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2946,7 +3289,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{50}
 }
 
 type KeptResponse struct {
@@ -2958,7 +3301,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3313,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3326,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *KeptResponse) GetData() []byte {
@@ -3004,7 +3347,7 @@ type RecordRequest struct {
 
 func (x *RecordRequest) Reset() {
 	*x = RecordRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3016,7 +3359,7 @@ func (x *RecordRequest) String() string {
 func (*RecordRequest) ProtoMessage() {}
 
 func (x *RecordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3029,7 +3372,7 @@ func (x *RecordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordRequest.ProtoReflect.Descriptor instead.
 func (*RecordRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RecordRequest) GetEvent() string {
@@ -3061,7 +3404,7 @@ type RecordResponse struct {
 
 func (x *RecordResponse) Reset() {
 	*x = RecordResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3073,7 +3416,7 @@ func (x *RecordResponse) String() string {
 func (*RecordResponse) ProtoMessage() {}
 
 func (x *RecordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3086,7 +3429,7 @@ func (x *RecordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordResponse.ProtoReflect.Descriptor instead.
 func (*RecordResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{53}
 }
 
 var File_core_plugin_pluginpb_plugin_proto protoreflect.FileDescriptor
@@ -3128,12 +3471,13 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x06labels\x18\x02 \x03(\tR\x06labels\x122\n" +
 	"\x06schema\x18\x03 \x01(\v2\x1a.muxproxy.plugin.v1.SchemaR\x06schema\"E\n" +
 	"\x10ConfigureRequest\x121\n" +
-	"\x06blocks\x18\x01 \x03(\v2\x19.muxproxy.plugin.v1.BlockR\x06blocks\"\xb5\x01\n" +
+	"\x06blocks\x18\x01 \x03(\v2\x19.muxproxy.plugin.v1.BlockR\x06blocks\"\xc7\x01\n" +
 	"\x05Block\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x122\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1e.muxproxy.plugin.v1.Block.KindR\x04kind\x12\x14\n" +
 	"\x05value\x18\x03 \x01(\fR\x05value\x12\x14\n" +
-	"\x05hosts\x18\x04 \x03(\tR\x05hosts\"<\n" +
+	"\x05hosts\x18\x04 \x03(\tR\x05hosts\x12\x10\n" +
+	"\x03pos\x18\x05 \x01(\tR\x03pos\"<\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vKIND_PLUGIN\x10\x01\x12\r\n" +
@@ -3202,7 +3546,7 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12VERDICT_NO_OPINION\x10\x01\x12\x11\n" +
 	"\rVERDICT_ALLOW\x10\x02\x12\x10\n" +
-	"\fVERDICT_DENY\x10\x03\"\xc0\x01\n" +
+	"\fVERDICT_DENY\x10\x03\"\xd6\x01\n" +
 	"\n" +
 	"Connection\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x122\n" +
@@ -3210,14 +3554,14 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x04lane\x18\x03 \x01(\tR\x04lane\x12\x0e\n" +
 	"\x02up\x18\x04 \x01(\bR\x02up\x12\x18\n" +
 	"\aclients\x18\x05 \x01(\rR\aclients\x120\n" +
-	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"\xa0\x01\n" +
+	"\x05since\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
+	"\x05block\x18\a \x01(\tR\x05block\"\x8a\x01\n" +
 	"\rRetainRequest\x12>\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\v2\x1e.muxproxy.plugin.v1.ConnectionR\n" +
-	"connection\x12\x14\n" +
-	"\x05block\x18\x02 \x01(\tR\x05block\x129\n" +
+	"connection\x129\n" +
 	"\n" +
-	"idle_since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tidleSince\"B\n" +
+	"idle_since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tidleSince\"B\n" +
 	"\x0eRetainResponse\x120\n" +
 	"\x05until\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\xf9\x02\n" +
 	"\x05Event\x12.\n" +
@@ -3249,16 +3593,27 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x13ConnectionsResponse\x12@\n" +
 	"\vconnections\x18\x01 \x03(\v2\x1e.muxproxy.plugin.v1.ConnectionR\vconnections\"(\n" +
 	"\x0eConnectRequest\x12\x16\n" +
-	"\x06target\x18\x01 \x01(\tR\x06target\"Q\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\"k\n" +
 	"\x0fConnectResponse\x12>\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\v2\x1e.muxproxy.plugin.v1.ConnectionR\n" +
-	"connection\".\n" +
+	"connection\x12\x18\n" +
+	"\arefused\x18\x02 \x01(\tR\arefused\"(\n" +
+	"\x0eResolveRequest\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\tR\x06target\"[\n" +
+	"\x0fResolveResponse\x122\n" +
+	"\x06target\x18\x01 \x01(\v2\x1a.muxproxy.plugin.v1.TargetR\x06target\x12\x14\n" +
+	"\x05block\x18\x02 \x01(\tR\x05block\".\n" +
 	"\fCloseRequest\x12\x1e\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\x04R\n" +
 	"connection\"\x0f\n" +
-	"\rCloseResponse\"\x9f\x01\n" +
+	"\rCloseResponse\".\n" +
+	"\fDrainRequest\x12\x1e\n" +
+	"\n" +
+	"connection\x18\x01 \x01(\x04R\n" +
+	"connection\"\x0f\n" +
+	"\rDrainResponse\"\x9f\x01\n" +
 	"\vDialRequest\x12\x1e\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\x04R\n" +
@@ -3292,7 +3647,18 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\rDecideRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x128\n" +
 	"\bdecision\x18\x02 \x01(\v2\x1c.muxproxy.plugin.v1.DecisionR\bdecision\"\x10\n" +
-	"\x0eDecideResponse\"I\n" +
+	"\x0eDecideResponse\"8\n" +
+	"\n" +
+	"AskRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
+	"\bquestion\x18\x02 \x01(\tR\bquestion\"\x8e\x01\n" +
+	"\vAskResponse\x12>\n" +
+	"\x06answer\x18\x01 \x01(\x0e2&.muxproxy.plugin.v1.AskResponse.AnswerR\x06answer\"?\n" +
+	"\x06Answer\x12\x16\n" +
+	"\x12ANSWER_UNSPECIFIED\x10\x00\x12\x0e\n" +
+	"\n" +
+	"ANSWER_YES\x10\x01\x12\r\n" +
+	"\tANSWER_NO\x10\x02\"I\n" +
 	"\rNotifyRequest\x12\x1e\n" +
 	"\n" +
 	"connection\x18\x01 \x01(\x04R\n" +
@@ -3309,21 +3675,25 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x05event\x18\x01 \x01(\tR\x05event\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x10\n" +
-	"\x0eRecordResponse2\x89\x04\n" +
+	"\x0eRecordResponse2\xdf\x04\n" +
 	"\x06Plugin\x12U\n" +
 	"\bDescribe\x12#.muxproxy.plugin.v1.DescribeRequest\x1a$.muxproxy.plugin.v1.DescribeResponse\x12X\n" +
-	"\tConfigure\x12$.muxproxy.plugin.v1.ConfigureRequest\x1a%.muxproxy.plugin.v1.ConfigureResponse\x12Z\n" +
+	"\tConfigure\x12$.muxproxy.plugin.v1.ConfigureRequest\x1a%.muxproxy.plugin.v1.ConfigureResponse\x12T\n" +
+	"\x05Check\x12$.muxproxy.plugin.v1.ConfigureRequest\x1a%.muxproxy.plugin.v1.ConfigureResponse\x12Z\n" +
 	"\tAuthorize\x12$.muxproxy.plugin.v1.AuthorizeRequest\x1a%.muxproxy.plugin.v1.AuthorizeResponse0\x01\x12O\n" +
 	"\x06Retain\x12!.muxproxy.plugin.v1.RetainRequest\x1a\".muxproxy.plugin.v1.RetainResponse\x12K\n" +
 	"\aObserve\x12\x19.muxproxy.plugin.v1.Event\x1a#.muxproxy.plugin.v1.ObserveResponse(\x01\x12T\n" +
-	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\xaf\x06\n" +
+	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\x99\b\n" +
 	"\x04Host\x12^\n" +
 	"\vConnections\x12&.muxproxy.plugin.v1.ConnectionsRequest\x1a'.muxproxy.plugin.v1.ConnectionsResponse\x12R\n" +
-	"\aConnect\x12\".muxproxy.plugin.v1.ConnectRequest\x1a#.muxproxy.plugin.v1.ConnectResponse\x12L\n" +
-	"\x05Close\x12 .muxproxy.plugin.v1.CloseRequest\x1a!.muxproxy.plugin.v1.CloseResponse\x12I\n" +
+	"\aConnect\x12\".muxproxy.plugin.v1.ConnectRequest\x1a#.muxproxy.plugin.v1.ConnectResponse\x12R\n" +
+	"\aResolve\x12\".muxproxy.plugin.v1.ResolveRequest\x1a#.muxproxy.plugin.v1.ResolveResponse\x12L\n" +
+	"\x05Close\x12 .muxproxy.plugin.v1.CloseRequest\x1a!.muxproxy.plugin.v1.CloseResponse\x12L\n" +
+	"\x05Drain\x12 .muxproxy.plugin.v1.DrainRequest\x1a!.muxproxy.plugin.v1.DrainResponse\x12I\n" +
 	"\x04Dial\x12\x1f.muxproxy.plugin.v1.DialRequest\x1a .muxproxy.plugin.v1.DialResponse\x12Q\n" +
 	"\x06Listen\x12!.muxproxy.plugin.v1.ListenRequest\x1a\".muxproxy.plugin.v1.ListenResponse0\x01\x12O\n" +
-	"\x06Decide\x12!.muxproxy.plugin.v1.DecideRequest\x1a\".muxproxy.plugin.v1.DecideResponse\x12O\n" +
+	"\x06Decide\x12!.muxproxy.plugin.v1.DecideRequest\x1a\".muxproxy.plugin.v1.DecideResponse\x12F\n" +
+	"\x03Ask\x12\x1e.muxproxy.plugin.v1.AskRequest\x1a\x1f.muxproxy.plugin.v1.AskResponse\x12O\n" +
 	"\x06Notify\x12!.muxproxy.plugin.v1.NotifyRequest\x1a\".muxproxy.plugin.v1.NotifyResponse\x12I\n" +
 	"\x04Keep\x12\x1f.muxproxy.plugin.v1.KeepRequest\x1a .muxproxy.plugin.v1.KeepResponse\x12I\n" +
 	"\x04Kept\x12\x1f.muxproxy.plugin.v1.KeptRequest\x1a .muxproxy.plugin.v1.KeptResponse\x12O\n" +
@@ -3341,132 +3711,149 @@ func file_core_plugin_pluginpb_plugin_proto_rawDescGZIP() []byte {
 	return file_core_plugin_pluginpb_plugin_proto_rawDescData
 }
 
-var file_core_plugin_pluginpb_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_core_plugin_pluginpb_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(Block_Kind)(0),               // 0: muxproxy.plugin.v1.Block.Kind
 	(Diagnostic_Severity)(0),      // 1: muxproxy.plugin.v1.Diagnostic.Severity
 	(Decision_Verdict)(0),         // 2: muxproxy.plugin.v1.Decision.Verdict
-	(*DescribeRequest)(nil),       // 3: muxproxy.plugin.v1.DescribeRequest
-	(*DescribeResponse)(nil),      // 4: muxproxy.plugin.v1.DescribeResponse
-	(*Verb)(nil),                  // 5: muxproxy.plugin.v1.Verb
-	(*Schema)(nil),                // 6: muxproxy.plugin.v1.Schema
-	(*Attribute)(nil),             // 7: muxproxy.plugin.v1.Attribute
-	(*NestedBlock)(nil),           // 8: muxproxy.plugin.v1.NestedBlock
-	(*ConfigureRequest)(nil),      // 9: muxproxy.plugin.v1.ConfigureRequest
-	(*Block)(nil),                 // 10: muxproxy.plugin.v1.Block
-	(*ConfigureResponse)(nil),     // 11: muxproxy.plugin.v1.ConfigureResponse
-	(*Diagnostic)(nil),            // 12: muxproxy.plugin.v1.Diagnostic
-	(*Step)(nil),                  // 13: muxproxy.plugin.v1.Step
-	(*Target)(nil),                // 14: muxproxy.plugin.v1.Target
-	(*Process)(nil),               // 15: muxproxy.plugin.v1.Process
-	(*Use)(nil),                   // 16: muxproxy.plugin.v1.Use
-	(*AuthorizeRequest)(nil),      // 17: muxproxy.plugin.v1.AuthorizeRequest
-	(*AuthorizeResponse)(nil),     // 18: muxproxy.plugin.v1.AuthorizeResponse
-	(*Waiting)(nil),               // 19: muxproxy.plugin.v1.Waiting
-	(*Decision)(nil),              // 20: muxproxy.plugin.v1.Decision
-	(*Connection)(nil),            // 21: muxproxy.plugin.v1.Connection
-	(*RetainRequest)(nil),         // 22: muxproxy.plugin.v1.RetainRequest
-	(*RetainResponse)(nil),        // 23: muxproxy.plugin.v1.RetainResponse
-	(*Event)(nil),                 // 24: muxproxy.plugin.v1.Event
-	(*ObserveResponse)(nil),       // 25: muxproxy.plugin.v1.ObserveResponse
-	(*CommandRequest)(nil),        // 26: muxproxy.plugin.v1.CommandRequest
-	(*CommandResponse)(nil),       // 27: muxproxy.plugin.v1.CommandResponse
-	(*ConnectionsRequest)(nil),    // 28: muxproxy.plugin.v1.ConnectionsRequest
-	(*ConnectionsResponse)(nil),   // 29: muxproxy.plugin.v1.ConnectionsResponse
-	(*ConnectRequest)(nil),        // 30: muxproxy.plugin.v1.ConnectRequest
-	(*ConnectResponse)(nil),       // 31: muxproxy.plugin.v1.ConnectResponse
-	(*CloseRequest)(nil),          // 32: muxproxy.plugin.v1.CloseRequest
-	(*CloseResponse)(nil),         // 33: muxproxy.plugin.v1.CloseResponse
-	(*DialRequest)(nil),           // 34: muxproxy.plugin.v1.DialRequest
-	(*DialResponse)(nil),          // 35: muxproxy.plugin.v1.DialResponse
-	(*Ticket)(nil),                // 36: muxproxy.plugin.v1.Ticket
-	(*Refusal)(nil),               // 37: muxproxy.plugin.v1.Refusal
-	(*ListenRequest)(nil),         // 38: muxproxy.plugin.v1.ListenRequest
-	(*ListenResponse)(nil),        // 39: muxproxy.plugin.v1.ListenResponse
-	(*Accepted)(nil),              // 40: muxproxy.plugin.v1.Accepted
-	(*DecideRequest)(nil),         // 41: muxproxy.plugin.v1.DecideRequest
-	(*DecideResponse)(nil),        // 42: muxproxy.plugin.v1.DecideResponse
-	(*NotifyRequest)(nil),         // 43: muxproxy.plugin.v1.NotifyRequest
-	(*NotifyResponse)(nil),        // 44: muxproxy.plugin.v1.NotifyResponse
-	(*KeepRequest)(nil),           // 45: muxproxy.plugin.v1.KeepRequest
-	(*KeepResponse)(nil),          // 46: muxproxy.plugin.v1.KeepResponse
-	(*KeptRequest)(nil),           // 47: muxproxy.plugin.v1.KeptRequest
-	(*KeptResponse)(nil),          // 48: muxproxy.plugin.v1.KeptResponse
-	(*RecordRequest)(nil),         // 49: muxproxy.plugin.v1.RecordRequest
-	(*RecordResponse)(nil),        // 50: muxproxy.plugin.v1.RecordResponse
-	(*timestamppb.Timestamp)(nil), // 51: google.protobuf.Timestamp
+	(AskResponse_Answer)(0),       // 3: muxproxy.plugin.v1.AskResponse.Answer
+	(*DescribeRequest)(nil),       // 4: muxproxy.plugin.v1.DescribeRequest
+	(*DescribeResponse)(nil),      // 5: muxproxy.plugin.v1.DescribeResponse
+	(*Verb)(nil),                  // 6: muxproxy.plugin.v1.Verb
+	(*Schema)(nil),                // 7: muxproxy.plugin.v1.Schema
+	(*Attribute)(nil),             // 8: muxproxy.plugin.v1.Attribute
+	(*NestedBlock)(nil),           // 9: muxproxy.plugin.v1.NestedBlock
+	(*ConfigureRequest)(nil),      // 10: muxproxy.plugin.v1.ConfigureRequest
+	(*Block)(nil),                 // 11: muxproxy.plugin.v1.Block
+	(*ConfigureResponse)(nil),     // 12: muxproxy.plugin.v1.ConfigureResponse
+	(*Diagnostic)(nil),            // 13: muxproxy.plugin.v1.Diagnostic
+	(*Step)(nil),                  // 14: muxproxy.plugin.v1.Step
+	(*Target)(nil),                // 15: muxproxy.plugin.v1.Target
+	(*Process)(nil),               // 16: muxproxy.plugin.v1.Process
+	(*Use)(nil),                   // 17: muxproxy.plugin.v1.Use
+	(*AuthorizeRequest)(nil),      // 18: muxproxy.plugin.v1.AuthorizeRequest
+	(*AuthorizeResponse)(nil),     // 19: muxproxy.plugin.v1.AuthorizeResponse
+	(*Waiting)(nil),               // 20: muxproxy.plugin.v1.Waiting
+	(*Decision)(nil),              // 21: muxproxy.plugin.v1.Decision
+	(*Connection)(nil),            // 22: muxproxy.plugin.v1.Connection
+	(*RetainRequest)(nil),         // 23: muxproxy.plugin.v1.RetainRequest
+	(*RetainResponse)(nil),        // 24: muxproxy.plugin.v1.RetainResponse
+	(*Event)(nil),                 // 25: muxproxy.plugin.v1.Event
+	(*ObserveResponse)(nil),       // 26: muxproxy.plugin.v1.ObserveResponse
+	(*CommandRequest)(nil),        // 27: muxproxy.plugin.v1.CommandRequest
+	(*CommandResponse)(nil),       // 28: muxproxy.plugin.v1.CommandResponse
+	(*ConnectionsRequest)(nil),    // 29: muxproxy.plugin.v1.ConnectionsRequest
+	(*ConnectionsResponse)(nil),   // 30: muxproxy.plugin.v1.ConnectionsResponse
+	(*ConnectRequest)(nil),        // 31: muxproxy.plugin.v1.ConnectRequest
+	(*ConnectResponse)(nil),       // 32: muxproxy.plugin.v1.ConnectResponse
+	(*ResolveRequest)(nil),        // 33: muxproxy.plugin.v1.ResolveRequest
+	(*ResolveResponse)(nil),       // 34: muxproxy.plugin.v1.ResolveResponse
+	(*CloseRequest)(nil),          // 35: muxproxy.plugin.v1.CloseRequest
+	(*CloseResponse)(nil),         // 36: muxproxy.plugin.v1.CloseResponse
+	(*DrainRequest)(nil),          // 37: muxproxy.plugin.v1.DrainRequest
+	(*DrainResponse)(nil),         // 38: muxproxy.plugin.v1.DrainResponse
+	(*DialRequest)(nil),           // 39: muxproxy.plugin.v1.DialRequest
+	(*DialResponse)(nil),          // 40: muxproxy.plugin.v1.DialResponse
+	(*Ticket)(nil),                // 41: muxproxy.plugin.v1.Ticket
+	(*Refusal)(nil),               // 42: muxproxy.plugin.v1.Refusal
+	(*ListenRequest)(nil),         // 43: muxproxy.plugin.v1.ListenRequest
+	(*ListenResponse)(nil),        // 44: muxproxy.plugin.v1.ListenResponse
+	(*Accepted)(nil),              // 45: muxproxy.plugin.v1.Accepted
+	(*DecideRequest)(nil),         // 46: muxproxy.plugin.v1.DecideRequest
+	(*DecideResponse)(nil),        // 47: muxproxy.plugin.v1.DecideResponse
+	(*AskRequest)(nil),            // 48: muxproxy.plugin.v1.AskRequest
+	(*AskResponse)(nil),           // 49: muxproxy.plugin.v1.AskResponse
+	(*NotifyRequest)(nil),         // 50: muxproxy.plugin.v1.NotifyRequest
+	(*NotifyResponse)(nil),        // 51: muxproxy.plugin.v1.NotifyResponse
+	(*KeepRequest)(nil),           // 52: muxproxy.plugin.v1.KeepRequest
+	(*KeepResponse)(nil),          // 53: muxproxy.plugin.v1.KeepResponse
+	(*KeptRequest)(nil),           // 54: muxproxy.plugin.v1.KeptRequest
+	(*KeptResponse)(nil),          // 55: muxproxy.plugin.v1.KeptResponse
+	(*RecordRequest)(nil),         // 56: muxproxy.plugin.v1.RecordRequest
+	(*RecordResponse)(nil),        // 57: muxproxy.plugin.v1.RecordResponse
+	(*timestamppb.Timestamp)(nil), // 58: google.protobuf.Timestamp
 }
 var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
-	6,  // 0: muxproxy.plugin.v1.DescribeResponse.plugin:type_name -> muxproxy.plugin.v1.Schema
-	6,  // 1: muxproxy.plugin.v1.DescribeResponse.host:type_name -> muxproxy.plugin.v1.Schema
-	5,  // 2: muxproxy.plugin.v1.DescribeResponse.verbs:type_name -> muxproxy.plugin.v1.Verb
-	7,  // 3: muxproxy.plugin.v1.Schema.attributes:type_name -> muxproxy.plugin.v1.Attribute
-	8,  // 4: muxproxy.plugin.v1.Schema.blocks:type_name -> muxproxy.plugin.v1.NestedBlock
-	6,  // 5: muxproxy.plugin.v1.NestedBlock.schema:type_name -> muxproxy.plugin.v1.Schema
-	10, // 6: muxproxy.plugin.v1.ConfigureRequest.blocks:type_name -> muxproxy.plugin.v1.Block
+	7,  // 0: muxproxy.plugin.v1.DescribeResponse.plugin:type_name -> muxproxy.plugin.v1.Schema
+	7,  // 1: muxproxy.plugin.v1.DescribeResponse.host:type_name -> muxproxy.plugin.v1.Schema
+	6,  // 2: muxproxy.plugin.v1.DescribeResponse.verbs:type_name -> muxproxy.plugin.v1.Verb
+	8,  // 3: muxproxy.plugin.v1.Schema.attributes:type_name -> muxproxy.plugin.v1.Attribute
+	9,  // 4: muxproxy.plugin.v1.Schema.blocks:type_name -> muxproxy.plugin.v1.NestedBlock
+	7,  // 5: muxproxy.plugin.v1.NestedBlock.schema:type_name -> muxproxy.plugin.v1.Schema
+	11, // 6: muxproxy.plugin.v1.ConfigureRequest.blocks:type_name -> muxproxy.plugin.v1.Block
 	0,  // 7: muxproxy.plugin.v1.Block.kind:type_name -> muxproxy.plugin.v1.Block.Kind
-	12, // 8: muxproxy.plugin.v1.ConfigureResponse.diagnostics:type_name -> muxproxy.plugin.v1.Diagnostic
+	13, // 8: muxproxy.plugin.v1.ConfigureResponse.diagnostics:type_name -> muxproxy.plugin.v1.Diagnostic
 	1,  // 9: muxproxy.plugin.v1.Diagnostic.severity:type_name -> muxproxy.plugin.v1.Diagnostic.Severity
-	13, // 10: muxproxy.plugin.v1.Diagnostic.path:type_name -> muxproxy.plugin.v1.Step
-	14, // 11: muxproxy.plugin.v1.Use.target:type_name -> muxproxy.plugin.v1.Target
-	15, // 12: muxproxy.plugin.v1.Use.processes:type_name -> muxproxy.plugin.v1.Process
-	16, // 13: muxproxy.plugin.v1.AuthorizeRequest.use:type_name -> muxproxy.plugin.v1.Use
-	19, // 14: muxproxy.plugin.v1.AuthorizeResponse.waiting:type_name -> muxproxy.plugin.v1.Waiting
-	20, // 15: muxproxy.plugin.v1.AuthorizeResponse.decision:type_name -> muxproxy.plugin.v1.Decision
+	14, // 10: muxproxy.plugin.v1.Diagnostic.path:type_name -> muxproxy.plugin.v1.Step
+	15, // 11: muxproxy.plugin.v1.Use.target:type_name -> muxproxy.plugin.v1.Target
+	16, // 12: muxproxy.plugin.v1.Use.processes:type_name -> muxproxy.plugin.v1.Process
+	17, // 13: muxproxy.plugin.v1.AuthorizeRequest.use:type_name -> muxproxy.plugin.v1.Use
+	20, // 14: muxproxy.plugin.v1.AuthorizeResponse.waiting:type_name -> muxproxy.plugin.v1.Waiting
+	21, // 15: muxproxy.plugin.v1.AuthorizeResponse.decision:type_name -> muxproxy.plugin.v1.Decision
 	2,  // 16: muxproxy.plugin.v1.Decision.verdict:type_name -> muxproxy.plugin.v1.Decision.Verdict
-	14, // 17: muxproxy.plugin.v1.Connection.target:type_name -> muxproxy.plugin.v1.Target
-	51, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
-	21, // 19: muxproxy.plugin.v1.RetainRequest.connection:type_name -> muxproxy.plugin.v1.Connection
-	51, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
-	51, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
-	51, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
-	16, // 23: muxproxy.plugin.v1.Event.use:type_name -> muxproxy.plugin.v1.Use
-	21, // 24: muxproxy.plugin.v1.Event.connection:type_name -> muxproxy.plugin.v1.Connection
-	21, // 25: muxproxy.plugin.v1.ConnectionsResponse.connections:type_name -> muxproxy.plugin.v1.Connection
-	21, // 26: muxproxy.plugin.v1.ConnectResponse.connection:type_name -> muxproxy.plugin.v1.Connection
-	36, // 27: muxproxy.plugin.v1.DialResponse.ticket:type_name -> muxproxy.plugin.v1.Ticket
-	37, // 28: muxproxy.plugin.v1.DialResponse.refusal:type_name -> muxproxy.plugin.v1.Refusal
-	40, // 29: muxproxy.plugin.v1.ListenResponse.accepted:type_name -> muxproxy.plugin.v1.Accepted
-	36, // 30: muxproxy.plugin.v1.Accepted.ticket:type_name -> muxproxy.plugin.v1.Ticket
-	20, // 31: muxproxy.plugin.v1.DecideRequest.decision:type_name -> muxproxy.plugin.v1.Decision
-	3,  // 32: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
-	9,  // 33: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
-	17, // 34: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
-	22, // 35: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
-	24, // 36: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
-	26, // 37: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
-	28, // 38: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
-	30, // 39: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
-	32, // 40: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
-	34, // 41: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
-	38, // 42: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
-	41, // 43: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
-	43, // 44: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
-	45, // 45: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
-	47, // 46: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
-	49, // 47: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
-	4,  // 48: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
-	11, // 49: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
-	18, // 50: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
-	23, // 51: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
-	25, // 52: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
-	27, // 53: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
-	29, // 54: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
-	31, // 55: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
-	33, // 56: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
-	35, // 57: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
-	39, // 58: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
-	42, // 59: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
-	44, // 60: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
-	46, // 61: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
-	48, // 62: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
-	50, // 63: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
-	48, // [48:64] is the sub-list for method output_type
-	32, // [32:48] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	15, // 17: muxproxy.plugin.v1.Connection.target:type_name -> muxproxy.plugin.v1.Target
+	58, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
+	22, // 19: muxproxy.plugin.v1.RetainRequest.connection:type_name -> muxproxy.plugin.v1.Connection
+	58, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
+	58, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
+	58, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
+	17, // 23: muxproxy.plugin.v1.Event.use:type_name -> muxproxy.plugin.v1.Use
+	22, // 24: muxproxy.plugin.v1.Event.connection:type_name -> muxproxy.plugin.v1.Connection
+	22, // 25: muxproxy.plugin.v1.ConnectionsResponse.connections:type_name -> muxproxy.plugin.v1.Connection
+	22, // 26: muxproxy.plugin.v1.ConnectResponse.connection:type_name -> muxproxy.plugin.v1.Connection
+	15, // 27: muxproxy.plugin.v1.ResolveResponse.target:type_name -> muxproxy.plugin.v1.Target
+	41, // 28: muxproxy.plugin.v1.DialResponse.ticket:type_name -> muxproxy.plugin.v1.Ticket
+	42, // 29: muxproxy.plugin.v1.DialResponse.refusal:type_name -> muxproxy.plugin.v1.Refusal
+	45, // 30: muxproxy.plugin.v1.ListenResponse.accepted:type_name -> muxproxy.plugin.v1.Accepted
+	41, // 31: muxproxy.plugin.v1.Accepted.ticket:type_name -> muxproxy.plugin.v1.Ticket
+	21, // 32: muxproxy.plugin.v1.DecideRequest.decision:type_name -> muxproxy.plugin.v1.Decision
+	3,  // 33: muxproxy.plugin.v1.AskResponse.answer:type_name -> muxproxy.plugin.v1.AskResponse.Answer
+	4,  // 34: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
+	10, // 35: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
+	10, // 36: muxproxy.plugin.v1.Plugin.Check:input_type -> muxproxy.plugin.v1.ConfigureRequest
+	18, // 37: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
+	23, // 38: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
+	25, // 39: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
+	27, // 40: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
+	29, // 41: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
+	31, // 42: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
+	33, // 43: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
+	35, // 44: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
+	37, // 45: muxproxy.plugin.v1.Host.Drain:input_type -> muxproxy.plugin.v1.DrainRequest
+	39, // 46: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
+	43, // 47: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
+	46, // 48: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
+	48, // 49: muxproxy.plugin.v1.Host.Ask:input_type -> muxproxy.plugin.v1.AskRequest
+	50, // 50: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
+	52, // 51: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
+	54, // 52: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
+	56, // 53: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
+	5,  // 54: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
+	12, // 55: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	12, // 56: muxproxy.plugin.v1.Plugin.Check:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	19, // 57: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
+	24, // 58: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
+	26, // 59: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
+	28, // 60: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
+	30, // 61: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
+	32, // 62: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
+	34, // 63: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
+	36, // 64: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
+	38, // 65: muxproxy.plugin.v1.Host.Drain:output_type -> muxproxy.plugin.v1.DrainResponse
+	40, // 66: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
+	44, // 67: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
+	47, // 68: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
+	49, // 69: muxproxy.plugin.v1.Host.Ask:output_type -> muxproxy.plugin.v1.AskResponse
+	51, // 70: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
+	53, // 71: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
+	55, // 72: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
+	57, // 73: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
+	54, // [54:74] is the sub-list for method output_type
+	34, // [34:54] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_core_plugin_pluginpb_plugin_proto_init() }
@@ -3488,7 +3875,7 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 		(*CommandResponse_Stderr)(nil),
 		(*CommandResponse_Status)(nil),
 	}
-	file_core_plugin_pluginpb_plugin_proto_msgTypes[36].OneofWrappers = []any{
+	file_core_plugin_pluginpb_plugin_proto_msgTypes[40].OneofWrappers = []any{
 		(*ListenResponse_Address)(nil),
 		(*ListenResponse_Accepted)(nil),
 	}
@@ -3497,8 +3884,8 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_plugin_pluginpb_plugin_proto_rawDesc), len(file_core_plugin_pluginpb_plugin_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   48,
+			NumEnums:      4,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -44,6 +44,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Plugin_Describe_FullMethodName  = "/muxproxy.plugin.v1.Plugin/Describe"
 	Plugin_Configure_FullMethodName = "/muxproxy.plugin.v1.Plugin/Configure"
+	Plugin_Check_FullMethodName     = "/muxproxy.plugin.v1.Plugin/Check"
 	Plugin_Authorize_FullMethodName = "/muxproxy.plugin.v1.Plugin/Authorize"
 	Plugin_Retain_FullMethodName    = "/muxproxy.plugin.v1.Plugin/Retain"
 	Plugin_Observe_FullMethodName   = "/muxproxy.plugin.v1.Plugin/Observe"
@@ -60,6 +61,9 @@ type PluginClient interface {
 	Describe(ctx context.Context, in *DescribeRequest, opts ...grpc.CallOption) (*DescribeResponse, error)
 	// Configure brings all blocks of the plugin. If the answer has an error, the configuration before stays in force.
 	Configure(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error)
+	// Check looks for the problems that Configure would find, and changes nothing. `muxproxy config check` calls it, of a
+	// process that is never configured and for which the service Host does nothing. It need not be there.
+	Check(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error)
 	// Authorize judges a use before it happens. The first answer is due within 2 s: a decision, or that a person is being
 	// asked; then one at least every 5 s until the decision, which is the last. The call is cancelled with the client.
 	Authorize(ctx context.Context, in *AuthorizeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuthorizeResponse], error)
@@ -93,6 +97,16 @@ func (c *pluginClient) Configure(ctx context.Context, in *ConfigureRequest, opts
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ConfigureResponse)
 	err := c.cc.Invoke(ctx, Plugin_Configure_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *pluginClient) Check(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ConfigureResponse)
+	err := c.cc.Invoke(ctx, Plugin_Check_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -170,6 +184,9 @@ type PluginServer interface {
 	Describe(context.Context, *DescribeRequest) (*DescribeResponse, error)
 	// Configure brings all blocks of the plugin. If the answer has an error, the configuration before stays in force.
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
+	// Check looks for the problems that Configure would find, and changes nothing. `muxproxy config check` calls it, of a
+	// process that is never configured and for which the service Host does nothing. It need not be there.
+	Check(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
 	// Authorize judges a use before it happens. The first answer is due within 2 s: a decision, or that a person is being
 	// asked; then one at least every 5 s until the decision, which is the last. The call is cancelled with the client.
 	Authorize(*AuthorizeRequest, grpc.ServerStreamingServer[AuthorizeResponse]) error
@@ -194,6 +211,9 @@ func (UnimplementedPluginServer) Describe(context.Context, *DescribeRequest) (*D
 }
 func (UnimplementedPluginServer) Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Configure not implemented")
+}
+func (UnimplementedPluginServer) Check(context.Context, *ConfigureRequest) (*ConfigureResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
 }
 func (UnimplementedPluginServer) Authorize(*AuthorizeRequest, grpc.ServerStreamingServer[AuthorizeResponse]) error {
 	return status.Error(codes.Unimplemented, "method Authorize not implemented")
@@ -264,6 +284,24 @@ func _Plugin_Configure_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Plugin_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ConfigureRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PluginServer).Check(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Plugin_Check_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PluginServer).Check(ctx, req.(*ConfigureRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Plugin_Authorize_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(AuthorizeRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -327,6 +365,10 @@ var Plugin_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Plugin_Configure_Handler,
 		},
 		{
+			MethodName: "Check",
+			Handler:    _Plugin_Check_Handler,
+		},
+		{
 			MethodName: "Retain",
 			Handler:    _Plugin_Retain_Handler,
 		},
@@ -354,10 +396,13 @@ var Plugin_ServiceDesc = grpc.ServiceDesc{
 const (
 	Host_Connections_FullMethodName = "/muxproxy.plugin.v1.Host/Connections"
 	Host_Connect_FullMethodName     = "/muxproxy.plugin.v1.Host/Connect"
+	Host_Resolve_FullMethodName     = "/muxproxy.plugin.v1.Host/Resolve"
 	Host_Close_FullMethodName       = "/muxproxy.plugin.v1.Host/Close"
+	Host_Drain_FullMethodName       = "/muxproxy.plugin.v1.Host/Drain"
 	Host_Dial_FullMethodName        = "/muxproxy.plugin.v1.Host/Dial"
 	Host_Listen_FullMethodName      = "/muxproxy.plugin.v1.Host/Listen"
 	Host_Decide_FullMethodName      = "/muxproxy.plugin.v1.Host/Decide"
+	Host_Ask_FullMethodName         = "/muxproxy.plugin.v1.Host/Ask"
 	Host_Notify_FullMethodName      = "/muxproxy.plugin.v1.Host/Notify"
 	Host_Keep_FullMethodName        = "/muxproxy.plugin.v1.Host/Keep"
 	Host_Kept_FullMethodName        = "/muxproxy.plugin.v1.Host/Kept"
@@ -373,7 +418,11 @@ const (
 type HostClient interface {
 	Connections(ctx context.Context, in *ConnectionsRequest, opts ...grpc.CallOption) (*ConnectionsResponse, error)
 	Connect(ctx context.Context, in *ConnectRequest, opts ...grpc.CallOption) (*ConnectResponse, error)
+	// Resolve says what a target means and which block holds for it, without connecting.
+	Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error)
 	Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error)
+	// Drain lets a connection take no new clients; it ends with its last, at once if there is none.
+	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
 	// Dial opens a stream from the remote host. The ticket is good for one connection to the stream socket, for 10 s, and
 	// for processes of this plugin alone. See Ticket.
 	Dial(ctx context.Context, in *DialRequest, opts ...grpc.CallOption) (*DialResponse, error)
@@ -381,6 +430,9 @@ type HostClient interface {
 	Listen(ctx context.Context, in *ListenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListenResponse], error)
 	// Decide answers one of the plugin's own pending uses.
 	Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error)
+	// Ask puts a question to the person at the client of one of the plugin's own pending uses. Its ssh does the asking, and
+	// can as long as it has not been let in: that is, for uses of the kind "attach". It needs no capability.
+	Ask(ctx context.Context, in *AskRequest, opts ...grpc.CallOption) (*AskResponse, error)
 	Notify(ctx context.Context, in *NotifyRequest, opts ...grpc.CallOption) (*NotifyResponse, error)
 	// Keep stores up to 64 KiB over restarts, Kept returns what was stored last.
 	Keep(ctx context.Context, in *KeepRequest, opts ...grpc.CallOption) (*KeepResponse, error)
@@ -417,10 +469,30 @@ func (c *hostClient) Connect(ctx context.Context, in *ConnectRequest, opts ...gr
 	return out, nil
 }
 
+func (c *hostClient) Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResolveResponse)
+	err := c.cc.Invoke(ctx, Host_Resolve_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hostClient) Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CloseResponse)
 	err := c.cc.Invoke(ctx, Host_Close_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainResponse)
+	err := c.cc.Invoke(ctx, Host_Drain_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -460,6 +532,16 @@ func (c *hostClient) Decide(ctx context.Context, in *DecideRequest, opts ...grpc
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DecideResponse)
 	err := c.cc.Invoke(ctx, Host_Decide_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Ask(ctx context.Context, in *AskRequest, opts ...grpc.CallOption) (*AskResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AskResponse)
+	err := c.cc.Invoke(ctx, Host_Ask_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -515,7 +597,11 @@ func (c *hostClient) Record(ctx context.Context, in *RecordRequest, opts ...grpc
 type HostServer interface {
 	Connections(context.Context, *ConnectionsRequest) (*ConnectionsResponse, error)
 	Connect(context.Context, *ConnectRequest) (*ConnectResponse, error)
+	// Resolve says what a target means and which block holds for it, without connecting.
+	Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error)
 	Close(context.Context, *CloseRequest) (*CloseResponse, error)
+	// Drain lets a connection take no new clients; it ends with its last, at once if there is none.
+	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
 	// Dial opens a stream from the remote host. The ticket is good for one connection to the stream socket, for 10 s, and
 	// for processes of this plugin alone. See Ticket.
 	Dial(context.Context, *DialRequest) (*DialResponse, error)
@@ -523,6 +609,9 @@ type HostServer interface {
 	Listen(*ListenRequest, grpc.ServerStreamingServer[ListenResponse]) error
 	// Decide answers one of the plugin's own pending uses.
 	Decide(context.Context, *DecideRequest) (*DecideResponse, error)
+	// Ask puts a question to the person at the client of one of the plugin's own pending uses. Its ssh does the asking, and
+	// can as long as it has not been let in: that is, for uses of the kind "attach". It needs no capability.
+	Ask(context.Context, *AskRequest) (*AskResponse, error)
 	Notify(context.Context, *NotifyRequest) (*NotifyResponse, error)
 	// Keep stores up to 64 KiB over restarts, Kept returns what was stored last.
 	Keep(context.Context, *KeepRequest) (*KeepResponse, error)
@@ -545,8 +634,14 @@ func (UnimplementedHostServer) Connections(context.Context, *ConnectionsRequest)
 func (UnimplementedHostServer) Connect(context.Context, *ConnectRequest) (*ConnectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Connect not implemented")
 }
+func (UnimplementedHostServer) Resolve(context.Context, *ResolveRequest) (*ResolveResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Resolve not implemented")
+}
 func (UnimplementedHostServer) Close(context.Context, *CloseRequest) (*CloseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Close not implemented")
+}
+func (UnimplementedHostServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
 }
 func (UnimplementedHostServer) Dial(context.Context, *DialRequest) (*DialResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Dial not implemented")
@@ -556,6 +651,9 @@ func (UnimplementedHostServer) Listen(*ListenRequest, grpc.ServerStreamingServer
 }
 func (UnimplementedHostServer) Decide(context.Context, *DecideRequest) (*DecideResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Decide not implemented")
+}
+func (UnimplementedHostServer) Ask(context.Context, *AskRequest) (*AskResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Ask not implemented")
 }
 func (UnimplementedHostServer) Notify(context.Context, *NotifyRequest) (*NotifyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Notify not implemented")
@@ -626,6 +724,24 @@ func _Host_Connect_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Host_Resolve_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResolveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Resolve(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Resolve_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Resolve(ctx, req.(*ResolveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Host_Close_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CloseRequest)
 	if err := dec(in); err != nil {
@@ -640,6 +756,24 @@ func _Host_Close_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostServer).Close(ctx, req.(*CloseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Drain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Drain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Drain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Drain(ctx, req.(*DrainRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -687,6 +821,24 @@ func _Host_Decide_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostServer).Decide(ctx, req.(*DecideRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Ask_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AskRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Ask(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Ask_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Ask(ctx, req.(*AskRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -779,8 +931,16 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Host_Connect_Handler,
 		},
 		{
+			MethodName: "Resolve",
+			Handler:    _Host_Resolve_Handler,
+		},
+		{
 			MethodName: "Close",
 			Handler:    _Host_Close_Handler,
+		},
+		{
+			MethodName: "Drain",
+			Handler:    _Host_Drain_Handler,
 		},
 		{
 			MethodName: "Dial",
@@ -789,6 +949,10 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Decide",
 			Handler:    _Host_Decide_Handler,
+		},
+		{
+			MethodName: "Ask",
+			Handler:    _Host_Ask_Handler,
 		},
 		{
 			MethodName: "Notify",

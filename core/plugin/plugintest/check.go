@@ -65,6 +65,7 @@ func Check(ctx context.Context, o Options) []Result {
 	if s.master, err = NewMaster(dir); err != nil {
 		return []Result{{"a place for sockets", err}}
 	}
+	s.master.Block = "check"
 	defer s.master.Stop()
 	s.run()
 	return s.results
@@ -455,7 +456,7 @@ func (s *suite) cancel(p *pluginrun.Process) error {
 func (s *suite) retain(p *pluginrun.Process) error {
 	ctx, cancel := context.WithTimeout(s.ctx, answerTime)
 	defer cancel()
-	r, err := p.Client.Retain(ctx, &pluginpb.RetainRequest{Connection: testConnection, Block: "check", IdleSince: timestamppb.Now()})
+	r, err := p.Client.Retain(ctx, &pluginpb.RetainRequest{Connection: s.master.Connection(), IdleSince: timestamppb.Now()})
 	if err != nil {
 		return pluginrun.CallError(err)
 	}
@@ -472,7 +473,7 @@ func (s *suite) observe(p *pluginrun.Process) error {
 	for i := 0; i < manyEvents && err == nil; i++ {
 		err = stream.Send(&pluginpb.Event{
 			Time: timestamppb.Now(), Kind: []string{"decision", "end", "up", "down", "of-a-later-version"}[i%5], Id: fmt.Sprint(i),
-			Use: &pluginpb.Use{Kind: "exec", Target: testConnection.GetTarget()}, Connection: testConnection,
+			Use: &pluginpb.Use{Kind: "exec", Target: testConnection.GetTarget()}, Connection: s.master.Connection(),
 		})
 	}
 	if err == nil || errors.Is(err, io.EOF) { // then CloseAndRecv says why

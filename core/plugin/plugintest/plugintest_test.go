@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -121,6 +123,12 @@ func (g *good) Command(ctx context.Context, args []string, stdout, stderr io.Wri
 
 func TestInProcess(t *testing.T) {
 	s := InProcess(t, &good{})
+	checked, err := s.Client.Check(t.Context(), &pluginpb.ConfigureRequest{Blocks: []*pluginpb.Block{
+		{Id: "0", Kind: pluginpb.Block_KIND_HOST, Value: []byte(`{"name":"n","after":"soon"}`)},
+	}})
+	if ds := checked.GetDiagnostics(); err != nil || len(ds) != 1 || ds[0].GetBlock() != "0" {
+		t.Errorf("without Check: %v, %v", ds, err)
+	}
 	ds := s.Configure(t, `{}`, `{"after":"soon","rule":[{"label":"a","sizes":{"x":1.5}}]}`)
 	var got []string
 	for _, d := range ds {
@@ -394,4 +402,108 @@ type describes struct{ info plugin.Info }
 func (d describes) Describe() plugin.Info { return d.info }
 func (describes) Configure(context.Context, *plugin.Config) plugin.Diagnostics {
 	return nil
+}
+
+// A socket is handed over, in either direction, and the plugin hears what its stream carries while it does.
+func TestHandOver(t *testing.T) {
+	g := &good{}
+	s := InProcess(t, g)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s.Master.OnListen = func(context.Context, *pluginpb.ListenRequest) (net.Listener, error) { return l, nil }
+	s.Master.OnDial = func(_ context.Context, r *pluginpb.DialRequest) (net.Conn, error) {
+		if r.GetAddress() == "no:1" {
+			return nil, &plugin.RefusedError{Reason: 2, Message: "no"}
+		}
+		return net.Dial("tcp", l.Addr().String())
+	}
+	if ds := s.Configure(t, `{}`, `{"name":"n"}`); len(ds) > 0 {
+		t.Fatal(ds)
+	}
+	h := g.c.Host
+	forward, err := h.Listen(t.Context(), 1, "tcp", "127.0.0.1:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer forward.Close()
+	pair := func() (near, far *net.TCPConn) {
+		p, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		a, err := net.Dial("tcp", p.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := p.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { a.Close(); b.Close() })
+		return a.(*net.TCPConn), b.(*net.TCPConn)
+	}
+	// What is dialled comes back as an offer.
+	near1, far1 := pair()
+	out, err := h.HandOver(t.Context(), plugin.Handover{Connection: 1, Network: "tcp", Address: "yes:1", Data: []byte("a")}, far1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far1.Close()
+	offer, err := forward.AcceptOffer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	near2, far2 := pair()
+	in, err := offer.HandOver(t.Context(), far2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	far2.Close()
+	var ended sync.WaitGroup
+	ended.Go(out.Wait)
+	ended.Go(in.Wait)
+	counted := func(name string, x *plugin.Transfer, wantIn, wantOut uint64) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) { // polling: it comes when it comes
+			in, out := x.Counts()
+			if in == wantIn && out == wantOut {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s: in %d, out %d, want %d and %d", name, in, out, wantIn, wantOut)
+			}
+		}
+	}
+	fmt.Fprint(near1, "bc")
+	b := make([]byte, 3)
+	if _, err := io.ReadFull(near2, b); err != nil || string(b) != "abc" {
+		t.Errorf("%q, %v", b, err)
+	}
+	counted("dialled", out, 2, 0) // Master counts what it copies
+	counted("accepted", in, 0, 3)
+	near1.CloseWrite()
+	if _, err := near2.Read(b); err != io.EOF {
+		t.Errorf("instead of the half-close: %v", err)
+	}
+	fmt.Fprint(near2, "defg")
+	near2.CloseWrite()
+	if rest, err := io.ReadAll(near1); err != nil || string(rest) != "defg" {
+		t.Errorf("%q, %v", rest, err)
+	}
+	ended.Wait()
+	counted("dialled, at the end", out, 2, 4)
+	counted("accepted, at the end", in, 4, 3)
+
+	_, err = h.HandOver(t.Context(), plugin.Handover{Connection: 1, Network: "tcp", Address: "no:1"}, near1)
+	if refused, ok := errors.AsType[*plugin.RefusedError](err); !ok || refused.Reason != 2 {
+		t.Errorf("refused: %v", err)
+	}
+	s.Master.SetConnections()
+	if _, err = h.Dial(t.Context(), 1, "tcp", "yes:1"); !errors.Is(err, plugin.ErrNotFound) {
+		t.Errorf("without a connection: %v", err)
+	}
 }

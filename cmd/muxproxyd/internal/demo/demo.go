@@ -78,7 +78,14 @@ func Run(ctx context.Context, o Options) (err error) {
 	if err != nil {
 		return err
 	}
-	return d.print(rows)
+	if err := d.print(rows); err != nil || d.server == nil {
+		return err
+	}
+	err = d.showPlugins(ctx)
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
 }
 
 // both is one line for two errors, either of which may be nil.

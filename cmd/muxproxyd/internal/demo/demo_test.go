@@ -76,6 +76,9 @@ func TestRunMeasuresAndCleansUp(t *testing.T) {
 		`shared connection, median of 5 .* 0\s`,
 		`plain ssh, 10 at once .* 1\.00 +10\s`,
 		`shared connection, 10 at once .* 0\s`,
+		`(?s)asked, and told yes.*echo hello.*\nhello\n.*asked, and told no.*cat secret.*denied by confirm`,
+		`logged in \(1 TCP connection\)`,
+		greet,
 	} {
 		if !regexp.MustCompile(want).Match(stdout.Bytes()) {
 			t.Errorf("no line like %q", want)

@@ -1,6 +1,7 @@
 package demo
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/ecdsa"
@@ -9,8 +10,10 @@ import (
 	"crypto/rand"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"sync"
@@ -137,8 +140,13 @@ func (s *server) serve(c net.Conn) {
 	defer below.Wait()
 	below.Go(func() { ssh.DiscardRequests(requests) })
 	for offer := range channels {
-		if offer.ChannelType() != "session" {
-			offer.Reject(ssh.UnknownChannelType, "this server has sessions only")
+		switch offer.ChannelType() {
+		case "session":
+		case "direct-tcpip":
+			below.Go(func() { web(offer) })
+			continue
+		default:
+			offer.Reject(ssh.UnknownChannelType, "this server has sessions and one web page")
 			continue
 		}
 		ch, requests, err := offer.Accept()
@@ -147,6 +155,31 @@ func (s *server) serve(c net.Conn) {
 		}
 		below.Go(func() { session(s.ctx, ch, requests) })
 	}
+}
+
+// web serves a direct-tcpip channel (RFC 4254 section 7.2) to the only place that this server can reach.
+func web(offer ssh.NewChannel) {
+	var to struct {
+		Host       string
+		Port       uint32
+		Origin     string
+		OriginPort uint32
+	}
+	if ssh.Unmarshal(offer.ExtraData(), &to) != nil || to.Host != site || to.Port != 80 {
+		offer.Reject(ssh.ConnectionFailed, "there is no such place")
+		return
+	}
+	ch, requests, err := offer.Accept()
+	if err != nil {
+		return
+	}
+	go ssh.DiscardRequests(requests) // ends with the channel
+	defer ch.Close()
+	if _, err := http.ReadRequest(bufio.NewReader(ch)); err != nil {
+		return
+	}
+	fmt.Fprintf(ch, "HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s\n", len(greet)+1, greet)
+	ch.CloseWrite()
 }
 
 // session serves one session channel, RFC 4254 section 6: environment, one command or shell, its streams and its exit

@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/muxproxy/muxproxy/core/bridge"
@@ -58,9 +61,10 @@ type Options struct {
 	Policy      *policy.Snapshot // nil: the file has errors
 	Diagnostics policy.Diagnostics
 
+	// CanAsk says why an askpass program, "" for any, can't ask on the screen.
+	CanAsk func(ctx context.Context, askpass string) error
 	// Connect reaches the master; the error wraps bridge.ErrNoMaster if none lives.
 	Connect func(context.Context) (*control.Master, error)
-	Alive   func(pid int) bool
 }
 
 // checks are all there are, in the order in which they are made. Each has at least one result.
@@ -78,7 +82,7 @@ var checks = []struct {
 	{"host_key", (*doctor).hostKey},
 	{"target", (*doctor).target},
 	{"directories", (*doctor).directories},
-	{"policy", (*doctor).policy},
+	{"policy", (*doctor).policyFile},
 	{"master", (*doctor).masterState},
 	{"known_hosts", (*doctor).knownHosts},
 	{"master_policy", (*doctor).masterPolicy},
@@ -100,18 +104,57 @@ func Names() (names []string) {
 func Run(ctx context.Context, o Options) (Report, error) {
 	d := &doctor{Options: o, report: Report{Host: o.Host, State: OK}}
 	d.askSSH(ctx)
-	m, err := o.Connect(ctx)
-	if err == nil {
-		defer m.Disconnect()
-		d.master = m
-		d.status, err = m.Status(ctx)
-	}
-	d.masterErr = err
+	d.askMaster(ctx)
+	defer func() {
+		if d.masterErr == nil {
+			d.master.Disconnect()
+		}
+	}()
 	for _, c := range checks {
 		d.name, d.found = c.name, false
 		c.make(d, ctx)
 	}
 	return d.report, context.Cause(ctx)
+}
+
+// attempts is how often the master is asked: one that is about to end still takes connections for a moment.
+const attempts = 3
+
+// askMaster asks the master that lives, and does not knock where none does: systemd would start one.
+func (d *doctor) askMaster(ctx context.Context) {
+	if !lives(d.Dirs) {
+		d.masterErr = bridge.ErrNoMaster
+		return
+	}
+	for range attempts {
+		m, err := d.Connect(ctx)
+		if err != nil {
+			d.masterErr = err
+			return
+		}
+		d.status, err = m.Status(ctx)
+		d.master, d.masterErr = m, err
+		if err == nil {
+			return
+		}
+		m.Disconnect()
+		if !errors.Is(err, control.ErrLost) {
+			return
+		}
+	}
+}
+
+// lives reports whether somebody holds the lock of the living master, or whether that can't be told.
+func lives(dirs paths.Dirs) bool {
+	path := filepath.Join(dirs.Run, paths.MasterLock)
+	if _, err := os.Lstat(path); err != nil { // TryLock would make it
+		return !errors.Is(err, fs.ErrNotExist)
+	}
+	lock, err := paths.TryLock(path)
+	if err == nil {
+		lock.Close()
+	}
+	return err != nil
 }
 
 // doctor is one run.
@@ -126,9 +169,9 @@ type doctor struct {
 	sshErr error               // why
 	leads  bool                // it goes through muxproxy
 
-	master    *control.Master // nil: none, or see masterErr
+	master    *control.Master
 	status    control.Status
-	masterErr error // nil: status is its
+	masterErr error // nil: master lives, and status is its
 }
 
 func (d *doctor) add(s State, text, mend string) {

@@ -29,10 +29,12 @@ import (
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
+// masterPID is of a process that lives.
+var masterPID = os.Getpid()
+
 const (
-	masterPID = 4000
-	deadPID   = 4001
-	someKey   = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEzoMM91qLdYWlrRBSBA7BXSTxl3jvfgxshqce4FVH0K"
+	deadPID = 1 << 30 // more than any kernel has
+	someKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEzoMM91qLdYWlrRBSBA7BXSTxl3jvfgxshqce4FVH0K"
 )
 
 // world is a home directory in which all is well: muxproxy is set up for two names, and a master runs.
@@ -54,6 +56,12 @@ type fakeMaster struct {
 
 func (f *fakeMaster) Status() control.Status    { return f.status }
 func (f *fakeMaster) Plugins() []control.Plugin { return f.plugins }
+func (f *fakeMaster) HostKeys(made bool) (plain, cas []string) {
+	if !made {
+		panic("a doctor has the master make keys")
+	}
+	return nil, []string{someKey}
+}
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
@@ -90,7 +98,12 @@ func newWorld(t *testing.T) *world {
 	w.m = &fakeMaster{status: control.Status{Version: "1.2.3", PID: masterPID}}
 	w.o = Options{
 		Dirs: dirs, Getenv: w.getenv, Home: w.home, Config: w.path("config"), SSH: real, Self: w.path("bin/muxproxyd"), Version: "1.2.3",
-		Alive: func(pid int) bool { return pid == masterPID },
+		CanAsk: func(_ context.Context, askpass string) error {
+			if askpass == "/bin/true" {
+				return nil
+			}
+			return errors.New("no " + askpass)
+		},
 		Connect: func(ctx context.Context) (*control.Master, error) {
 			conn, err := bridge.ConnectTo(ctx, dirs, paths.ControlSocket)
 			if err != nil {
@@ -222,9 +235,20 @@ func (w *world) ssh(script string) {
 	w.o.SSH = path
 }
 
+// alive has somebody hold the living master's lock until the test ends.
+func (w *world) alive() {
+	w.t.Helper()
+	lock, err := paths.TryLock(filepath.Join(w.o.Dirs.Run, paths.MasterLock))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { lock.Close() })
+}
+
 // serve has the master live until the test ends.
 func (w *world) serve() {
 	w.t.Helper()
+	w.alive()
 	l, err := paths.Listen(w.o.Dirs.Runtime, paths.ControlSocket)
 	if err != nil {
 		w.t.Fatal(err)
@@ -331,14 +355,15 @@ func (w *world) logind(f logindFake) {
 	}
 }
 
-func listen(t *testing.T, path string) {
+// listen makes a socket. It stays when nobody listens any more.
+func listen(t *testing.T, path string) *net.UnixListener {
 	t.Helper()
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	l.SetUnlinkOnClose(false)
-	t.Cleanup(func() { l.Close() })
+	return l
 }
 
 const setupCommand = "muxproxy setup -F {home}/config --host box --host '*.corp'"
@@ -422,7 +447,7 @@ var cases = []spoiled{
 		w.prepend("config", "ControlMaster auto\n")
 	}, "control_master", Warning, "with ControlMaster auto and ControlPath /x/cm-", setupCommand},
 	{"ControlMaster lives", func(w *world) {
-		listen(w.t, w.path("cm"))
+		listen(w.t, w.path("cm")).Close()
 		w.prepend("config", "ControlPath "+w.path("cm")+"\n")
 	}, "control_master", Warning, "ssh's own ControlMaster listens at {home}/cm", "ssh -F {home}/config -O exit box"},
 
@@ -477,9 +502,9 @@ var cases = []spoiled{
 		"policy", Warning, "config.hcl:2", "muxproxy config check"},
 
 	{"another version", func(w *world) { w.m.status.Version = "1.2.2" },
-		"master", Warning, "pid 4000 is of version 1.2.2, and 1.2.3 is installed", "muxproxy master stop --drain"},
+		"master", Warning, " is of version 1.2.2, and 1.2.3 is installed", "muxproxy master restart"},
 	{"locked", func(w *world) { w.m.status.Lock = use.LockState{Locked: true, By: []string{"person"}} },
-		"master", Warning, "pid 4000 is locked (person)", "muxproxy unlock"},
+		"master", Warning, " is locked (person)", "muxproxy unlock"},
 	{"not to be reached", func(w *world) {
 		w.o.Connect = func(context.Context) (*control.Master, error) {
 			return nil, errors.New("a process of uid 7 listens there")
@@ -487,18 +512,18 @@ var cases = []spoiled{
 	}, "master", Failure, "it can't be asked: a process of uid 7 listens there", "muxproxy log"},
 
 	{"no CA", func(w *world) { w.remove(w.path(".local/state/muxproxy/known_hosts")) },
-		"known_hosts", Failure, "the CA of the master is not in known_hosts", "muxproxy master stop && muxproxy master start"},
-	{"another's CA", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", "+4000", "+4002") },
-		"known_hosts", Failure, "{state}/known_hosts has no line of the master that runs", "muxproxy master stop && muxproxy master start"},
+		"known_hosts", Failure, "the CA of the master is not in known_hosts", "muxproxy master restart"},
+	{"another's CA", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", "VH0K", "VH0L") },
+		"known_hosts", Failure, "{state}/known_hosts lacks the line of the master that runs", "muxproxy master restart"},
 	{"not a CA", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", "@cert-authority *", "*") },
-		"known_hosts", Failure, "has no line of the master that runs", ""},
+		"known_hosts", Failure, "lacks the line of the master that runs", ""},
 	{"for some hosts", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", " * ", " box ") },
-		"known_hosts", Failure, "has no line of the master that runs", ""},
+		"known_hosts", Failure, "lacks the line of the master that runs", ""},
 	{"broken key", func(w *world) { w.replace(".local/state/muxproxy/known_hosts", "AAAAC3", "AAAAC4") },
-		"known_hosts", Failure, "has no line of the master that runs", ""},
+		"known_hosts", Failure, "lacks the line of the master that runs", ""},
 
 	{"another policy", func(w *world) { w.policy("host \"x\" {}\n"); w.m.status.Policy = "/other/config.hcl" },
-		"master_policy", Warning, "the master goes by /other/config.hcl, this shell by {home}/.config/muxproxy/config.hcl", "muxproxy master stop --drain"},
+		"master_policy", Warning, "the master goes by /other/config.hcl, this shell by {home}/.config/muxproxy/config.hcl", "muxproxy master stop"},
 	{"a policy only here", func(w *world) { w.policy("host \"x\" {}\n"); w.m.status.Policy = "" },
 		"master_policy", Warning, "the master goes by the defaults, this shell by {home}", ""},
 	{"a policy only there", func(w *world) { w.m.status.Policy = "/other/config.hcl" },
@@ -514,26 +539,20 @@ var cases = []spoiled{
 		"plugins", Warning, "policy mentions mail, which the master has not started", "muxproxy master reload"},
 
 	{"no such askpass", func(w *world) { w.env["SSH_ASKPASS"] = "/nowhere/askpass" },
-		"askpass", Failure, "SSH_ASKPASS is the askpass /nowhere/askpass, which can't be run: ", "install an askpass program"},
+		"askpass", Failure, "SSH_ASKPASS is /nowhere/askpass, which can't be run: ", "unset SSH_ASKPASS"},
 	{"no such askpass in policy", func(w *world) { w.policy("master {\n  askpass = \"/nowhere/ask\"\n}\n") },
-		"askpass", Failure, "policy names the askpass /nowhere/ask, which can't be run", ""},
-	{"no screen", func(w *world) { w.policy("master {\n  askpass = \"/bin/true\"\n}\n") },
-		"askpass", Warning, "there is no graphical session", ""},
-	{"no askpass", func(w *world) {
-		w.policy("host \"*\" {\n  confirm {}\n}\n")
-		old := askpasses
-		w.t.Cleanup(func() { askpasses = old })
-		askpasses = []string{"/nowhere/ssh-askpass"}
-	}, "askpass", Warning, "policy has confirm, and no askpass", "install an askpass program"},
+		"askpass", Warning, "policy may have to ask on the screen, and can't now (unless a confirm block says how): no /nowhere/ask", ""},
+	{"no askpass", func(w *world) { w.policy("host \"*\" {\n  confirm {}\n}\n") },
+		"askpass", Warning, "policy may have to ask on the screen, and can't now (unless a confirm block says how): no ", ""},
 
 	{"no linger", func(w *world) { w.logind(logindFake{"KillUserProcesses": true, "Linger": false}) },
 		"linger", Warning, "logind ends the master, and all connections, when you log out", "loginctl enable-linger"},
 
 	{"line of a dead master", func(w *world) {
 		w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" "+w.mark(deadPID)+"\n")
-	}, "leftovers", Warning, "1 line in {state}/known_hosts; the next master takes them away", "muxproxy master stop && muxproxy master start"},
-	{"notify", func(w *world) { w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/notify.4001", "") },
-		"leftovers", Warning, "{run}/notify.4001", ""},
+	}, "leftovers", Warning, "1 line in {state}/known_hosts; the next master takes them away", "muxproxy master restart"},
+	{"notify", func(w *world) { w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/notify.1073741824", "") },
+		"leftovers", Warning, "{run}/notify.1073741824", ""},
 	{"copy of ssh_config", func(w *world) {
 		dir := filepath.Join(os.TempDir(), "muxproxy-config-1")
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -551,7 +570,7 @@ func TestChecks(t *testing.T) {
 		t.Run(strings.ReplaceAll(c.name+" "+c.what, " ", "_"), func(t *testing.T) {
 			w := newWorld(t)
 			c.spoil(w)
-			if paths.CheckDir(w.o.Dirs.Runtime) == nil {
+			if _, err := os.Stat(w.o.Dirs.Run); err == nil {
 				w.serve()
 			}
 			before := w.tree()
@@ -626,8 +645,8 @@ func TestAllIsWell(t *testing.T) {
 		}, []string{"mail: up"}},
 		"askpass": {func(w *world) {
 			w.policy("master {\n  askpass = \"/bin/true\"\n}\n")
-			w.logind(logindFake{"KillUserProcesses": true, "Linger": true, "Display": []any{"c1", dbus.ObjectPath("/c1")}})
-		}, []string{"there is an askpass, and a graphical session", "linger is on"}},
+		}, []string{"there is an askpass program, and a graphical session"}},
+		"linger":     {func(w *world) { w.logind(logindFake{"KillUserProcesses": true, "Linger": true}) }, []string{"linger is on"}},
 		"no killing": {func(w *world) { w.logind(logindFake{"KillUserProcesses": false, "Linger": false}) }, []string{"logind lets the master run"}},
 		"spared": {func(w *world) {
 			out, err := exec.Command("id", "-un").Output()
@@ -640,9 +659,10 @@ func TestAllIsWell(t *testing.T) {
 			w.remove(w.path(".config/muxproxy/ssh_config"))
 			w.write("config", "Host *\n  ProxyCommand "+w.path("bin/muxproxy")+" %r@%h:%p\n  GlobalKnownHostsFile "+w.o.Dirs.State+"/known_hosts\n")
 		}, []string{"ssh example.com goes through muxproxy", "muxproxy stays beside each ssh"}},
+		"no bypass":        {func(w *world) { w.env["MUXPROXY_BYPASS"] = "0" }, nil},
 		"idle ControlPath": {func(w *world) { w.prepend("config", "ControlPath "+w.path("cm")+"\n") }, []string{"and nobody listens there"}},
 		"other hosts": {func(w *world) {
-			w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" elsewhere+4001\n# a comment\n")
+			w.prepend(".local/state/muxproxy/known_hosts", "@cert-authority * "+someKey+" elsewhere+1073741824\n# a comment\n")
 		}, []string{"nothing is left"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -678,8 +698,8 @@ func TestAllIsWell(t *testing.T) {
 // What a master that was killed leaves: its line, its sockets and the link to them.
 func TestDeadMaster(t *testing.T) {
 	w := newWorld(t)
-	w.replace(".local/state/muxproxy/known_hosts", "+4000", "+4001")
-	listen(t, filepath.Join(w.o.Dirs.Runtime, paths.MuxSocket))
+	w.replace(".local/state/muxproxy/known_hosts", fmt.Sprint("+", masterPID), fmt.Sprint("+", deadPID))
+	listen(t, filepath.Join(w.o.Dirs.Runtime, paths.MuxSocket)).Close()
 	if err := w.o.Dirs.Publish(w.o.Dirs.Runtime); err != nil {
 		t.Fatal(err)
 	}
@@ -687,13 +707,32 @@ func TestDeadMaster(t *testing.T) {
 		"muxproxy master start")
 	// One in a place that the next master does not use.
 	w.remove(filepath.Join(w.o.Dirs.Runtime, paths.MuxSocket))
-	listen(t, filepath.Join(w.o.Dirs.Run, paths.MuxSocket))
+	listen(t, filepath.Join(w.o.Dirs.Run, paths.MuxSocket)).Close()
 	w.expect(w.run(), "leftovers", Warning, "{run}/muxproxy.sock", "rm -r {run}/sockets {run}/muxproxy.sock")
+}
+
+// Where systemd listens for a master, it is not asked to start one.
+func TestNobodyIsWoken(t *testing.T) {
+	w := newWorld(t)
+	w.remove(w.path(".local/state/muxproxy/known_hosts"))
+	w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/"+paths.MasterLock, "")
+	for _, name := range []string{paths.MuxSocket, paths.ControlSocket} {
+		l := listen(t, filepath.Join(w.o.Dirs.Runtime, name))
+		defer l.Close()
+	}
+	w.o.Connect = func(context.Context) (*control.Master, error) {
+		t.Error("somebody was asked")
+		return nil, bridge.ErrNoMaster
+	}
+	if r := w.run(); r.State != OK {
+		t.Error(shown(t, r))
+	}
 }
 
 // A master that is killed while it is asked is no reason to stop.
 func TestStatusFails(t *testing.T) {
 	w := newWorld(t)
+	w.alive()
 	l, err := paths.Listen(w.o.Dirs.Runtime, paths.ControlSocket)
 	if err != nil {
 		t.Fatal(err)

@@ -13,9 +13,8 @@ import (
 
 // login is what logind says of this user (org.freedesktop.login1(5)).
 type login struct {
-	kills     bool // processes end with the last session
-	lingers   bool
-	graphical bool // there is a graphical session
+	kills   bool // processes end with the last session
+	lingers bool
 }
 
 const (
@@ -60,13 +59,5 @@ func askLogind(ctx context.Context, getenv func(string) string) (login, error) {
 	if err := call.Store(&self); err != nil {
 		return l, nil // no session of this user, so nothing of it ends one
 	}
-	if err := get(self, "User", "Linger", &l.lingers); err != nil {
-		return l, err
-	}
-	var display []any // session's id and path
-	if err := get(self, "User", "Display", &display); err == nil && len(display) > 0 {
-		id, ok := display[0].(string)
-		l.graphical = ok && id != ""
-	}
-	return l, nil
+	return l, get(self, "User", "Linger", &l.lingers)
 }

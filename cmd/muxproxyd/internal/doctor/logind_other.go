@@ -8,7 +8,7 @@ import (
 )
 
 // login is what logind says of this user.
-type login struct{ kills, lingers, graphical bool }
+type login struct{ kills, lingers bool }
 
 func askLogind(context.Context, func(string) string) (login, error) {
 	return login{}, errors.ErrUnsupported

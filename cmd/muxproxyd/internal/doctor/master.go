@@ -8,10 +8,12 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+
+	"github.com/muxproxy/muxproxy/core/policy"
 )
 
 // policy looks at the file as a master that starts would.
-func (d *doctor) policy(context.Context) {
+func (d *doctor) policyFile(context.Context) {
 	const mend = "muxproxy config check"
 	switch errs, warnings := d.Diagnostics.Errors(), d.Diagnostics.Warnings(); {
 	case len(errs) > 0:
@@ -35,7 +37,7 @@ func (d *doctor) masterState(context.Context) {
 	case d.masterErr != nil:
 		d.fail("muxproxy log", "it can't be asked: %v", d.masterErr)
 	case d.status.Version != d.Version:
-		d.warn("muxproxy master stop --drain", "pid %d is of version %s, and %s is installed", d.status.PID, d.status.Version, d.Version)
+		d.warn("muxproxy master restart", "pid %d is of version %s, and %s is installed", d.status.PID, d.status.Version, d.Version)
 	case d.status.Lock.Locked:
 		d.warn("muxproxy unlock", "pid %d is locked (%s): nobody can use connections", d.status.PID, strings.Join(d.status.Lock.By, ", "))
 	default:
@@ -59,7 +61,7 @@ func (d *doctor) masterPolicy(context.Context) {
 	case d.masterErr != nil:
 		d.ok("no master to compare with")
 	case d.status.Policy != mine && !sameFile(d.status.Policy, mine):
-		d.warn("muxproxy master stop --drain", "the master goes by %s, this shell by %s ($MUXPROXY_CONFIG and $XDG_CONFIG_HOME count where "+
+		d.warn("muxproxy master stop", "the master goes by %s, this shell by %s ($MUXPROXY_CONFIG and $XDG_CONFIG_HOME count where "+
 			"the master is started)", say(d.status.Policy), say(mine))
 	default:
 		d.ok("the master goes by %s, as this shell does", say(mine))
@@ -109,51 +111,30 @@ func (d *doctor) plugins(ctx context.Context) {
 	}
 }
 
-// askpasses are where programs are that show a question on the screen.
-var askpasses = []string{
-	"/usr/bin/ssh-askpass", "/usr/bin/ksshaskpass", "/usr/bin/lxqt-openssh-askpass", "/usr/lib/ssh/ssh-askpass",
-	"/usr/lib/ssh/x11-ssh-askpass", "/usr/lib/openssh/gnome-ssh-askpass", "/usr/libexec/openssh/ssh-askpass",
-	"/usr/libexec/openssh/gnome-ssh-askpass", "/usr/libexec/ssh-askpass", "/opt/homebrew/bin/ssh-askpass", "/usr/local/bin/ssh-askpass",
-}
-
-// askpass looks whether there is a way to ask a person who has no terminal.
+// askpass looks whether there is a way to ask a person who has no terminal: ssh's own, and that of policy.
 func (d *doctor) askpass(ctx context.Context) {
-	confirms, program := false, ""
+	if path := d.Getenv("SSH_ASKPASS"); path != "" {
+		if _, err := exec.LookPath(path); err != nil {
+			d.fail("unset SSH_ASKPASS", "SSH_ASKPASS is %s, which can't be run: %v", path, cause(err))
+		}
+	}
+	program, asks := "", false
 	if d.Policy != nil {
 		program = d.Policy.Master().Askpass
-		confirms = slices.ContainsFunc(d.wantedPlugins(), func(name string) bool { return name == "confirm" })
+		asks = program != "" || slices.ContainsFunc(d.Policy.Plugins(), func(p policy.Plugin) bool { return p.Name == "confirm" })
 	}
-	for name, path := range map[string]string{"policy names": program, "SSH_ASKPASS is": d.Getenv("SSH_ASKPASS")} {
-		if path == "" {
-			continue
-		}
-		if _, err := exec.LookPath(path); err != nil {
-			d.fail("install an askpass program", "%s the askpass %s, which can't be run: %v", name, path, cause(err))
+	if asks {
+		if err := d.CanAsk(ctx, program); err != nil {
+			d.warn("", "policy may have to ask on the screen, and can't now (unless a confirm block says how): %v", err)
 		}
 	}
-	if !confirms && program == "" {
-		if !d.found {
-			d.ok("policy asks nobody")
-		}
-		return
+	switch {
+	case d.found:
+	case asks:
+		d.ok("there is an askpass program, and a graphical session")
+	default:
+		d.ok("policy asks nobody on the screen")
 	}
-	if program == "" && !slices.ContainsFunc(askpasses, func(path string) bool { _, err := exec.LookPath(path); return err == nil }) {
-		d.warn("install an askpass program (ssh-askpass), or name one in policy", "policy has confirm, and no askpass is where they use to be")
-	}
-	login, err := askLogind(ctx, d.Getenv)
-	if d.Getenv("DISPLAY") == "" && d.Getenv("WAYLAND_DISPLAY") == "" && (err != nil || !login.graphical) {
-		d.warn("", "policy may ask on the screen, and there is no graphical session: what must be asked is denied")
-	}
-	if !d.found {
-		d.ok("there is an askpass, and a graphical session")
-	}
-}
-
-func (d *doctor) wantedPlugins() (names []string) {
-	for _, p := range d.Policy.Plugins() {
-		names = append(names, p.Name)
-	}
-	return names
 }
 
 // linger finds out whether the master outlives the user's last session (logind.conf(5), KillUserProcesses).

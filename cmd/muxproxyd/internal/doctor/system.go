@@ -141,12 +141,17 @@ func existing(dir string) string {
 	}
 }
 
-// knownHosts looks for the living master's CA in the file that ssh reads.
-func (d *doctor) knownHosts(context.Context) {
+// knownHosts looks for the living master's CAs in the file that ssh reads.
+func (d *doctor) knownHosts(ctx context.Context) {
+	const restart = "muxproxy master restart"
 	path := filepath.Join(d.Dirs.State, paths.KnownHosts)
-	restart := "muxproxy master stop && muxproxy master start"
 	if d.masterErr != nil {
 		d.ok("the next master writes its CA into %s", path)
+		return
+	}
+	_, cas, err := d.master.HostKeys(ctx, true) // before the file is read: a CA is written there before it is used
+	if err != nil {
+		d.fail("muxproxy log", "the master does not tell its CA: %v", err)
 		return
 	}
 	text, err := os.ReadFile(path)
@@ -154,24 +159,21 @@ func (d *doctor) knownHosts(context.Context) {
 		d.fail(restart, "the CA of the master is not in known_hosts, so ssh turns its host key down: %v", err)
 		return
 	}
-	host, err := os.Hostname()
-	if err != nil {
-		d.fail("", "this host has no name: %v", err)
-		return
-	}
-	mark := host + "+" + strconv.Itoa(d.status.PID)
-	found := 0
+	trusted := map[string]bool{}
 	for line := range strings.Lines(string(text)) {
-		marker, hosts, key, comment, _, err := ssh.ParseKnownHosts([]byte(line))
-		if err == nil && marker == "cert-authority" && slices.Equal(hosts, []string{"*"}) && key != nil && comment == mark {
-			found++
+		marker, hosts, key, _, _, err := ssh.ParseKnownHosts([]byte(line))
+		if err == nil && marker == "cert-authority" && slices.Equal(hosts, []string{"*"}) {
+			trusted[strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))] = true
 		}
 	}
-	if found == 0 {
-		d.fail(restart, "%s has no line of the master that runs (@cert-authority * KEY %s), so ssh turns its host key down", path, mark)
-		return
+	for _, ca := range cas {
+		if !trusted[ca] {
+			d.fail(restart, "%s lacks the line of the master that runs, so ssh turns its host key down: @cert-authority * %s", path, ca)
+		}
 	}
-	d.ok("%s has the CA of the master that runs", path)
+	if !d.found {
+		d.ok("%s has the CA of the master that runs", path)
+	}
 }
 
 // leftovers looks for files of masters and bridges that were killed. Nobody can do harm with them.
@@ -189,7 +191,7 @@ func (d *doctor) leftovers(context.Context) {
 	for line := range strings.Lines(string(text)) {
 		mark := line[strings.LastIndexByte(strings.TrimSpace(line), ' ')+1:]
 		name, number, ok := strings.Cut(strings.TrimSpace(mark), "+")
-		if pid, err := strconv.Atoi(number); ok && err == nil && name == host && !d.Alive(pid) {
+		if pid, err := strconv.Atoi(number); ok && err == nil && name == host && !paths.Alive(pid) {
 			dead++
 		}
 	}
@@ -205,7 +207,7 @@ func (d *doctor) leftovers(context.Context) {
 		slices.Sort(sockets)
 		for _, dir := range slices.Compact(sockets) {
 			for _, name := range []string{paths.MuxSocket, paths.ControlSocket, paths.StreamSocket} {
-				if path := filepath.Join(dir, name); isSocket(path) {
+				if path := filepath.Join(dir, name); isSocket(path) && !listening(path) {
 					add(path, dir == d.Dirs.Runtime)
 				}
 			}
@@ -213,7 +215,7 @@ func (d *doctor) leftovers(context.Context) {
 	}
 	notify, _ := filepath.Glob(filepath.Join(d.Dirs.Run, "notify.*")) // the pattern is well formed but for odd folders
 	for _, path := range notify {
-		if pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(path), "notify.")); err == nil && !d.Alive(pid) {
+		if pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(path), "notify.")); err == nil && !paths.Alive(pid) {
 			add(path, true)
 		}
 	}
@@ -231,7 +233,7 @@ func (d *doctor) leftovers(context.Context) {
 	case swept && d.noMaster():
 		d.warn("muxproxy master start", "left by what was killed: %s; the next master takes them away", strings.Join(list, ", "))
 	case swept:
-		d.warn("muxproxy master stop && muxproxy master start", "left by what was killed: %s; the next master takes them away",
+		d.warn("muxproxy master restart", "left by what was killed: %s; the next master takes them away",
 			strings.Join(list, ", "))
 	default:
 		var mend []string

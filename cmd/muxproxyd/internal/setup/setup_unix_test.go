@@ -515,6 +515,40 @@ func TestSharedHome(t *testing.T) {
 	}
 }
 
+// What a master has left elsewhere goes too, if it can be a master's, and the line also where nothing else is known.
+func TestUndoWithoutRecord(t *testing.T) {
+	w := newWorld(t)
+	w.write(".ssh/config", "Host a\n", 0o600)
+	before := w.tree()
+	w.write(".ssh/config", "Include \""+w.o.included()+"\"\nHost a\n", 0o600)
+	if err := w.o.Dirs.Make(); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Dir(w.home)
+	for name, stays := range map[string]bool{"elsewhere/muxproxy": false, "elsewhere/precious": true} {
+		sockets := filepath.Join(dir, name)
+		w.mkdir(sockets)
+		if err := w.o.Dirs.Make(); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.o.Dirs.Publish(sockets); err != nil {
+			t.Fatal(err)
+		}
+		w.undo()
+		if _, err := os.Lstat(sockets); (err == nil) != stays {
+			t.Errorf("%s: %v", sockets, err)
+		}
+	}
+	for _, d := range []string{".local/state", ".local"} { // nobody knows that they are new
+		if err := os.Remove(w.path(d)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := w.tree(); got != before {
+		t.Errorf("left behind:\n%s\nwant:\n%s", got, before)
+	}
+}
+
 // A state directory that is not what it should be is not emptied.
 func TestUntrustedState(t *testing.T) {
 	w := newWorld(t)

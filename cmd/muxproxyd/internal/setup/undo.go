@@ -88,7 +88,8 @@ func (p *Plan) removeState(d paths.Dirs) error {
 		return fmt.Errorf("what is in the state directory is not trusted, nor removed: %w", err)
 	}
 	var dirs []string
-	if sockets, err := d.Published(); err == nil && sockets != d.Run {
+	// The master may have been started with another XDG_RUNTIME_DIR.
+	if sockets, err := d.Published(); err == nil && filepath.Base(sockets) == filepath.Base(d.State) {
 		dirs = append(dirs, sockets)
 	}
 	for _, dir := range []string{d.Runtime, d.State} {

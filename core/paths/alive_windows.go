@@ -1,9 +1,9 @@
-package main
+package paths
 
 import "os"
 
-// alive reports whether a process of this pid exists.
-func alive(pid int) bool {
+// Alive reports whether a process of this pid exists.
+func Alive(pid int) bool {
 	p, err := os.FindProcess(pid)
 	if err != nil {
 		return false

@@ -1,4 +1,5 @@
-package relay
+// Package buffer has room for copying a channel's data: little while it is idle, much while much comes.
+package buffer
 
 import "sync"
 
@@ -11,14 +12,14 @@ const (
 
 var largeBuffers = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 
-// buffer is what one direction of a channel is copied through. The zero value is small.
-type buffer struct {
+// Buffer is what one direction of a channel is copied through, by one goroutine. The zero value is small.
+type Buffer struct {
 	small []byte
 	large *[largeBuffer]byte // nil unless much comes
 }
 
-// next is where to read to.
-func (b *buffer) next() []byte {
+// Next is where to read to; it holds until Took or Release.
+func (b *Buffer) Next() []byte {
 	if b.large != nil {
 		return b.large[:]
 	}
@@ -28,18 +29,18 @@ func (b *buffer) next() []byte {
 	return b.small
 }
 
-// took is told how much was read, once that has been written.
-func (b *buffer) took(n int) {
+// Took is told how much was read, once that has been written.
+func (b *Buffer) Took(n int) {
 	switch {
 	case b.large == nil && n == smallBuffer:
 		b.large = largeBuffers.Get().(*[largeBuffer]byte)
 	case b.large != nil && n <= smallBuffer:
-		b.release()
+		b.Release()
 	}
 }
 
-// release gives the large buffer back.
-func (b *buffer) release() {
+// Release gives back what is large. The Buffer can be used on.
+func (b *Buffer) Release() {
 	if b.large != nil {
 		largeBuffers.Put(b.large)
 		b.large = nil

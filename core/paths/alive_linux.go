@@ -1,4 +1,4 @@
-package main
+package paths
 
 import (
 	"errors"
@@ -6,9 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// alive reports whether a process runs. One that nobody has waited for yet has ended all the same, which kill(2) would
+// Alive reports whether a process runs. One that nobody has waited for yet has ended all the same, which kill(2) would
 // not tell: init may take its time.
-func alive(pid int) bool {
+func Alive(pid int) bool {
 	if pid <= 0 {
 		return false
 	}

@@ -1,0 +1,395 @@
+package forward
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// pair returns both ends of a connection.
+func pair(t *testing.T, network, address string) (near, far net.Conn) {
+	t.Helper()
+	l, err := net.Listen(network, address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	near = dial(t, network, l.Addr().String())
+	far, err = l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { far.Close() })
+	return near, far
+}
+
+func inodeOf(t *testing.T, c net.Conn) uint64 {
+	t.Helper()
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	raw.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &st) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Ino
+}
+
+// Both ways of asking say the same, for all kinds of addresses.
+func TestPeer(t *testing.T) {
+	for _, network := range []string{"127.0.0.1:0", "[::1]:0", "[::]:0"} {
+		near, far := pair(t, "tcp", network)
+		its, other := addrPort(far.RemoteAddr()), addrPort(far.LocalAddr())
+		want := peer{uid: os.Geteuid(), inode: inodeOf(t, near)}
+		if p, err := sockDiag(its, other); p != want || err != nil {
+			t.Errorf("%s: sock_diag: %+v, %v, want %+v", network, p, err, want)
+		}
+		if p, err := procNet(its, other, "/proc/net/tcp", "/proc/net/tcp6"); p != want || err != nil {
+			t.Errorf("%s: /proc/net: %+v, %v, want %+v", network, p, err, want)
+		}
+		if p, err := peerOf(far); p != want || err != nil {
+			t.Errorf("%s: %+v, %v", network, p, err)
+		}
+		if pid := newFinder().find(t.Context(), want.inode); pid != os.Getpid() {
+			t.Errorf("%s: process %d, want %d", network, pid, os.Getpid())
+		}
+		// An end that is closed is nobody's: the kernel calls it root's.
+		near.Close()
+		until(t, "closed", func() bool { _, err := far.Read(make([]byte, 1)); return err != nil })
+		if p, err := peerOf(far); err == nil && (p.uid != os.Geteuid() || p.uid == 0) {
+			t.Errorf("%s: a closed end: %+v", network, p)
+		}
+	}
+	nowhere := netip.MustParseAddrPort("192.0.2.1:1")
+	if p, err := sockDiag(nowhere, nowhere); err == nil {
+		t.Errorf("nobody: %+v", p)
+	}
+	if p, err := procNet(nowhere, nowhere, "/proc/net/tcp", "/proc/net/tcp6"); err == nil {
+		t.Errorf("nobody: %+v", p)
+	}
+	if p, err := procNet(nowhere, nowhere, "/proc/net/nothing"); err == nil {
+		t.Errorf("nothing to read: %+v", p)
+	}
+	near, far := pair(t, "unix", filepath.Join(t.TempDir(), "s"))
+	if p, err := peerOf(far); err != nil || p.uid != os.Geteuid() || p.pid != os.Getpid() {
+		t.Errorf("unix: %+v, %v", p, err)
+	}
+	near.Close()
+}
+
+func TestProcAddr(t *testing.T) {
+	for text, want := range map[string]string{
+		"0100007F:0050":                         "127.0.0.1:80",
+		"00000000000000000000000001000000:1F90": "[::1]:8080",
+		"0000000000000000FFFF00000100007F:0050": "127.0.0.1:80",
+		"":                                      "invalid AddrPort",
+		"0100007F":                              "invalid AddrPort",
+		"0100007:0050":                          "invalid AddrPort",
+		"zz00007F:0050":                         "invalid AddrPort",
+		"0100007F:99999":                        "invalid AddrPort",
+	} {
+		if got := procAddr(text).String(); got != want && !(want == "invalid AddrPort" && !procAddr(text).IsValid()) {
+			t.Errorf("%s: %s, want %s", text, got, want)
+		}
+	}
+}
+
+// BenchmarkFinder finds a socket of a process that was not found before.
+func BenchmarkFinder(b *testing.B) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	raw, err := l.(syscall.Conn).SyscallConn()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var st unix.Stat_t
+	raw.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &st) })
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		if newFinder().find(b.Context(), st.Ino) != os.Getpid() {
+			b.Fatal("not found")
+		}
+	}
+}
+
+// Many look at once, and nobody finds what is not there.
+func TestFinder(t *testing.T) {
+	f := newFinder()
+	var finding sync.WaitGroup
+	for range 100 {
+		near, _ := pair(t, "tcp", "127.0.0.1:0")
+		inode := inodeOf(t, near)
+		finding.Go(func() {
+			if pid := f.find(t.Context(), inode); pid != os.Getpid() {
+				t.Errorf("%d", pid)
+			}
+		})
+	}
+	finding.Wait()
+	if pid := f.find(t.Context(), 1); pid != 0 {
+		t.Errorf("nobody's: %d", pid)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	f.looking <- struct{}{}
+	go f.find(t.Context(), 2) // looks first
+	until(t, "somebody waits", func() bool { f.mu.Lock(); defer f.mu.Unlock(); return f.next != nil })
+	if pid := f.find(ctx, 3); pid != 0 {
+		t.Errorf("given up: %d", pid)
+	}
+	<-f.looking
+}
+
+// playClient connects to NETWORK ADDRESS and prints what comes back for "hi".
+func playClient(to string) {
+	network, address, _ := strings.Cut(to, " ")
+	c, err := net.DialTimeout(network, address, 20*time.Second)
+	if errors.Is(err, syscall.ECONNRESET) { // that fast
+		fmt.Println("cut off")
+		os.Exit(0)
+	}
+	if err != nil {
+		fmt.Println("no way:", err)
+		os.Exit(0)
+	}
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	fmt.Fprint(c, "hi")
+	b := make([]byte, 2)
+	if _, err := io.ReadFull(c, b); err != nil {
+		b = []byte("cut off")
+	}
+	fmt.Printf("%s\n", b)
+	os.Exit(0)
+}
+
+// Only this user's processes come in, unless policy says otherwise. Who may not is put into the audit log.
+func TestUsers(t *testing.T) {
+	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
+	w := newWorld(t)
+	dir, err := os.MkdirTemp("", "mpf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	self, selfUnix := filepath.Join(dir, "self"), filepath.Join(dir, "any")
+	w.use(fmt.Sprintf(`{"local": [
+		{"address": "127.0.0.1:%d", "to": %q, "users": "self"}, {"address": "127.0.0.1:%d", "to": %q, "users": "any"},
+		{"address": %q, "to": %q, "users": "self"}, {"address": %q, "to": %q, "users": "any"}]}`,
+		free(t), to, free(t), to, self, to, selfUnix, to))
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A copy that others may run: go test's own is in a directory of this user's.
+	client := filepath.Join(dir, "client")
+	b, err := os.ReadFile(exe)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(client, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(client, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	w.opened(0)
+	try := func(i int, uid int) string {
+		t.Helper()
+		network := "tcp"
+		if i >= 2 {
+			network = "unix"
+		}
+		cmd := exec.Command(client)
+		cmd.Dir = "/"
+		cmd.Env = []string{"PLAY_CLIENT=" + network + " " + w.opened(i)}
+		if uid != os.Geteuid() {
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+		}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	me := os.Geteuid()
+	for i := range 4 {
+		if got := try(i, me); got != "hi" {
+			t.Errorf("own process, forward %d: %s", i, got)
+		}
+	}
+	other := me
+	if me == 0 {
+		other = 65534 // root can be somebody else
+	} else {
+		w.p.uid++ // everybody else can only be somebody else's plugin
+	}
+	for i, want := range []string{"cut off", "hi", "no way: dial unix " + self + ": connect: permission denied", "hi"} {
+		if i == 2 && me != 0 {
+			want = "cut off"
+		}
+		if got := try(i, other); got != want {
+			t.Errorf("another user's process, forward %d: %s", i, got)
+		}
+	}
+	// A socket's mode is not all: the peer is asked, too.
+	if err := os.Chmod(self, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if got := try(2, other); got != "cut off" {
+		t.Errorf("another user's process: %s", got)
+	}
+	w.recorded("refused u@test.example.com:22 local 127.0.0.1:", 1)
+}
+
+// Out of descriptors, a listener waits for better times.
+func TestDescriptors(t *testing.T) {
+	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
+	w := newWorld(t)
+	w.use(fmt.Sprintf(`{"local": [{"address": "127.0.0.1:%d", "to": %q, "users": "self"}]}`, free(t), to))
+	at := w.opened(0)
+	if got := talk(t, dial(t, "tcp", at), "before"); got != "before" {
+		t.Fatalf("%q", got)
+	}
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	low := was
+	low.Cur = 200
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
+		t.Fatal(err)
+	}
+	restore := func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &was) }
+	defer restore()
+	var hoard []*os.File
+	for {
+		f, err := os.Open("/dev/null")
+		if err != nil {
+			break
+		}
+		hoard = append(hoard, f)
+	}
+	hoard[0].Close() // for this client's own socket
+	c := dial(t, "tcp", at)
+	fmt.Fprint(c, "after")
+	f := w.p.all()[0]
+	until(t, "accept fails", func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return len(f.told) > 0
+	})
+	for _, h := range hoard[1:] {
+		h.Close()
+	}
+	if !readIs(c, make([]byte, 5), "after") {
+		t.Error("the listener did not survive")
+	}
+}
+
+func TestListenUnix(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s")
+	at := endpoint{path: path}
+	open := func(anyUser bool) (net.Listener, error) {
+		ls, err := listen(at, anyUser)
+		if err != nil {
+			return nil, err
+		}
+		return ls[0], nil
+	}
+	l, err := open(false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", fi.Mode(), err)
+	}
+	if _, err := open(false); err == nil || err.Error() != "another process listens there" {
+		t.Errorf("while it is open: %v", err)
+	}
+	l.Close()
+	if _, err := os.Lstat(path); !os.IsNotExist(err) {
+		t.Errorf("left: %v", err)
+	}
+	// One that a killed process has left.
+	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.SetUnlinkOnClose(false)
+	dead.Close()
+	if l, err = open(true); err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o666 {
+		t.Errorf("%v, %v", fi.Mode(), err)
+	}
+	// What has taken its place is not removed.
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if _, err := open(false); err == nil || err.Error() != "there is something else of this name" {
+		t.Errorf("a file: %v", err)
+	}
+	if os.Geteuid() == 0 {
+		os.Remove(path)
+		if err := unix.Mknod(path, unix.S_IFSOCK|0o600, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(path, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := open(false); err == nil || err.Error() != "another user's socket is there" {
+			t.Errorf("another user's: %v", err)
+		}
+	}
+	if _, err := listen(endpoint{path: filepath.Join(dir, "no", "where")}, false); err == nil {
+		t.Error("in no directory")
+	}
+}
+
+// One of the two loopback addresses is taken: the other one alone would be half a forward.
+func TestHalfTaken(t *testing.T) {
+	l, err := net.Listen("tcp", "[::1]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	port := l.Addr().(*net.TCPAddr).Port
+	if ls, err := listen(endpoint{port: port}, false); err == nil {
+		closeAll(ls)
+		t.Error("half of it is open")
+	}
+	v4, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+	if err != nil {
+		t.Fatalf("the other half was left open: %v", err)
+	}
+	v4.Close()
+}
