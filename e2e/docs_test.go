@@ -178,7 +178,7 @@ esac
 exec `+binDir+`/muxproxy "$@"`)
 	w.env = slices.DeleteFunc(w.env, func(e string) bool { return strings.HasPrefix(e, "PATH=") })
 	w.env = append(w.env, "PATH="+w.path("docs-bin")+":"+binDir+":"+os.Getenv("PATH"), "T="+w.path("docs-files"),
-		"SSHD_LOG="+w.sshdLog)
+		"SSHD_LOG="+w.sshdLog, "ANSIBLE_SSH_USETTY=no") // not every sshd here can give a terminal
 	t.Cleanup(func() { // what blocks left, here and on the remote side; before the master goes, as in world.end
 		for pid, args := range processes() {
 			environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
