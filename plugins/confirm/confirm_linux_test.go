@@ -673,6 +673,24 @@ func TestManyQuestions(t *testing.T) {
 	})
 }
 
+// So are those that wait for `muxproxy allow`.
+func TestManyPending(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.noWay = errors.New("no display")
+		b := defaults(t)
+		b.Fallback = pending
+		for range maxOpen {
+			go w.authorize(t.Context(), &b, w.use("exec", plugin.Process{}))
+			synctest.Wait()
+		}
+		if d := w.authorize(t.Context(), &b, w.use("exec", plugin.Process{})); d != plugin.Deny(errQueue.Error(), "try again") {
+			t.Errorf("%+v", d)
+		}
+		w.Close()
+	})
+}
+
 // Grants are bounded, too; the oldest goes.
 func TestManyGrants(t *testing.T) {
 	s := newGrants()

@@ -171,9 +171,11 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 		f.wake()
 	}
 	p.mu.Unlock()
-	for _, f := range gone { // before others take their addresses
-		f.end("policy has it no more")
+	var ending sync.WaitGroup // before others take their addresses
+	for _, f := range gone {
+		ending.Go(func() { f.end("policy has it no more") })
 	}
+	ending.Wait()
 	var kept []kept
 	if first {
 		kept = p.kept(ctx)

@@ -7,9 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/protobuf/types/known/timestamppb"
-
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/plugin/plugintest"
