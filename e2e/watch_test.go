@@ -172,8 +172,8 @@ func TestStatusWatch(t *testing.T) {
 	if s := p.screen(true); colors.MatchString(s) {
 		t.Errorf("colours in spite of NO_COLOR:\n%q", s)
 	}
-	p.line("clear; " + muxproxy + " status; echo ended $?")
-	p.shows(`^ended 0`)
+	p.line("clear; " + muxproxy + " status; echo over $?")
+	p.shows(`^over 0`)
 	if s := p.screen(true); !strings.Contains(s, "\x1b[1mmuxproxy") {
 		t.Errorf("no colour:\n%q", s)
 	}
