@@ -63,17 +63,10 @@ func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (p
 	l := lookup{s, m.policy.generation}
 	configuring, cancel := context.WithTimeout(ctx, within) // of its own: one that did not start has taken all of the other
 	defer cancel()
-	var blocks []pluginhost.Block
-	for _, plugin := range s.Plugins() {
-		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
-		for _, b := range s.Blocks(plugin.Name) {
-			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Pos: b.Pos, Value: b.Value})
-		}
-	}
 	if first { // a configured plugin may act at once
 		m.policy.now.Store(s)
 	}
-	problems := p.set.Apply(configuring, blocks, l, p.specs, first, func() { m.policy.now.Store(s) })
+	problems := p.set.Apply(configuring, l.blocks(), l, p.specs, first, func() { m.policy.now.Store(s) })
 	p.diags = append(p.diags, placed(s, problems, l.number)...)
 	p.diags.Sort()
 	if slices.ContainsFunc(problems, func(p pluginhost.Problem) bool { return !p.Warning && !(first && p.Broken) }) {
@@ -161,7 +154,7 @@ func preparePlugins(ctx context.Context, m *pluginhost.Manager, draft *policy.Sn
 }
 
 // CheckPolicy reads a policy file as a master would: the plugins that it mentions are started, asked what their blocks may
-// hold, and ended. scratch is a new directory for their sockets. The snapshot is nil if there are errors.
+// hold and what is wrong with them, and ended. scratch is a new directory for their sockets. The snapshot is nil if there are errors.
 func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch string) (*policy.Snapshot, policy.Diagnostics) {
 	m := pluginhost.New(pluginhost.Options{
 		Dir: func() string { return scratch }, State: scratch, Env: pluginhost.Environment(o.Getenv), Log: o.Log,
@@ -170,6 +163,11 @@ func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch
 	ctx, cancel := context.WithTimeout(ctx, prepareTime)
 	defer cancel()
 	p := preparePlugins(ctx, m, draft, o.BuiltIn, pluginDirs(o.Dirs))
+	if p.snapshot != nil {
+		l := lookup{s: p.snapshot}
+		p.diags = append(p.diags, placed(l.s, p.set.Check(ctx, l.blocks()), l.number)...)
+		p.diags.Sort()
+	}
 	p.set.Discard()
 	if p.diags.HasErrors() {
 		p.snapshot = nil
@@ -177,11 +175,12 @@ func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch
 	return p.snapshot, p.diags
 }
 
-// pluginDirs are where plugins without a path are looked for.
+// pluginDirs are where plugins without a path are looked for: the user's own, and those that were installed with this
+// program, in /usr/libexec/muxproxy if it is in /usr/bin.
 func pluginDirs(dirs paths.Dirs) []string {
 	list := []string{filepath.Join(dirs.Data, "plugins")}
 	if exe, err := os.Executable(); err == nil {
-		list = append(list, filepath.Join(filepath.Dir(exe), "libexec", "muxproxy"))
+		list = append(list, filepath.Join(filepath.Dir(exe), "..", "libexec", "muxproxy"))
 	}
 	return list
 }
@@ -247,6 +246,17 @@ func policyBlock(s *pluginhost.Schema, labels []string) policy.Block {
 type lookup struct {
 	s          *policy.Snapshot
 	generation uint64
+}
+
+// blocks are what the plugins are configured with.
+func (l lookup) blocks() (blocks []pluginhost.Block) {
+	for _, plugin := range l.s.Plugins() {
+		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
+		for _, b := range l.s.Blocks(plugin.Name) {
+			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Pos: b.Pos, Value: b.Value})
+		}
+	}
+	return blocks
 }
 
 func (l lookup) id(number int) string { return fmt.Sprintf("%d.%d", l.generation, number) }

@@ -16,6 +16,8 @@ import (
 
 	"github.com/rs/zerolog"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/muxproxy/muxproxy/core/paths"
@@ -154,6 +156,9 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 func checkFile(p Plugin) (fs.FileInfo, error) {
 	if p.BuiltIn {
 		return nil, nil
+	}
+	if p.Path == "" {
+		return nil, fmt.Errorf("there is no muxproxy-plugin-%s where plugins are looked for", p.Name)
 	}
 	fi, err := os.Stat(p.Path)
 	if err != nil {
@@ -298,6 +303,34 @@ func (s *supervised) send(ctx context.Context, inst *instance, blocks []*pluginp
 		return nil, fmt.Errorf("it can't be configured: %w", pluginrun.CallError(err))
 	}
 	return r.GetDiagnostics(), nil
+}
+
+// check asks for the problems of a configuration that is not to be taken. A plugin that can't say finds none.
+func (s *supervised) check(ctx context.Context, blocks []Block) []Problem {
+	s.mu.Lock()
+	inst, desc := s.inst, s.desc
+	s.mu.Unlock()
+	if desc == nil || inst == nil {
+		return nil // its problem was told
+	}
+	next, err := blocksToPB(desc, blocks)
+	if err != nil {
+		return []Problem{s.broken(err)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, pluginrun.CallTime)
+	defer cancel()
+	r, err := inst.Client.Check(ctx, &pluginpb.ConfigureRequest{Blocks: next})
+	if status.Code(err) == codes.Unimplemented {
+		return nil
+	}
+	if err != nil {
+		return []Problem{s.broken(fmt.Errorf("its configuration can't be checked: %w", pluginrun.CallError(err)))}
+	}
+	var out []Problem
+	for _, d := range r.GetDiagnostics() {
+		out = append(out, s.diagnosed(d))
+	}
+	return out
 }
 
 func isError(d *pluginpb.Diagnostic) bool {

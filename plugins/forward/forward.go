@@ -124,19 +124,29 @@ type wanted struct {
 	wish
 	block any    // the value of its block
 	where string // a person's name for it
+	pos   string // FILE:LINE of it
 }
 
-// Configure implements plugin.Plugin. Forwards that are still wanted go on, with their listeners; those that are not are
-// closed, and their streams go on.
-func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnostics {
-	var all []wanted
-	var problems plugin.Diagnostics
+// Check implements plugin.Checker.
+func (*Plugin) Check(_ context.Context, c *plugin.Config) plugin.Diagnostics {
+	_, problems := read(c)
+	return problems
+}
+
+// read returns what a configuration wants, and its problems.
+func read(c *plugin.Config) (all []wanted, problems plugin.Diagnostics) {
 	for _, b := range c.Hosts {
 		w, ds := wishes(b)
 		all = append(all, w...)
 		problems = append(problems, ds...)
 	}
-	problems = append(problems, twice(c.Hosts, all)...)
+	return all, append(problems, twice(c.Hosts, all)...)
+}
+
+// Configure implements plugin.Plugin. Forwards that are still wanted go on, with their listeners; those that are not are
+// closed, and their streams go on.
+func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnostics {
+	all, problems := read(c)
 	if problems.HasErrors() {
 		return problems
 	}
@@ -154,7 +164,7 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 			gone = append(gone, f)
 			return true
 		}
-		f.setBlock(all[i].block)
+		f.setBlock(all[i].block, all[i].pos)
 		all = slices.Delete(all, i, i+1)
 		return false
 	})
@@ -162,9 +172,11 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 		f.wake()
 	}
 	p.mu.Unlock()
-	for _, f := range gone { // before others take their addresses
-		f.end("policy has it no more")
+	var ending sync.WaitGroup // before others take their addresses
+	for _, f := range gone {
+		ending.Go(func() { f.end("policy has it no more") })
 	}
+	ending.Wait()
 	var kept []kept
 	if first {
 		kept = p.kept(ctx)
@@ -173,7 +185,7 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 	defer p.mu.Unlock()
 	for _, w := range all {
 		p.lastOwn++
-		p.startLocked(&forward{wish: w.wish, id: fmt.Sprintf("p%d", p.lastOwn), where: w.where, block: w.block})
+		p.startLocked(&forward{wish: w.wish, id: fmt.Sprintf("p%d", p.lastOwn), where: w.where, block: w.block, pos: w.pos})
 	}
 	p.restoreLocked(kept)
 	return problems
@@ -195,7 +207,7 @@ func wishes(b plugin.Block) (out []wanted, problems plugin.Diagnostics) {
 	}
 	add := func(k kind, i int, address, to, users string, gateway bool) {
 		at := plugin.Path{string(k), i}
-		w := wanted{wish{spec{kind: k}, host, users == "any", gateway}, b.Value, where}
+		w := wanted{wish{spec{kind: k}, host, users == "any", gateway}, b.Value, where, b.Pos}
 		var err error
 		if w.spec.listen, err = parseListen(k, address); err != nil {
 			problems = append(problems, b.Errorf(at, "%q is nothing to listen on: %v", address, err))
