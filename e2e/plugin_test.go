@@ -339,7 +339,7 @@ func TestAPluginWaits(t *testing.T) {
 		if r := w.mux("pending", "--json"); json.Unmarshal([]byte(r.out), &list) != nil || len(list) != 1 {
 			t.Fatalf("pending: %+v", r)
 		}
-		if r := w.mux("allow", list[0].ID); r.status != 1 || !strings.Contains(r.err, "denied by policy: not by you") {
+		if r := w.mux("allow", list[0].ID); r.status != 255 || !strings.Contains(r.err, "denied by policy: not by you") {
 			t.Errorf("allow: %+v", r)
 		}
 		if r := w.mux("deny", list[0].ID); r.status != 0 {
@@ -599,6 +599,7 @@ func TestWhatAPluginDoesIsJudged(t *testing.T) {
 		if r := p.wait(patience); r.status != 0 {
 			t.Errorf("%+v", r)
 		}
+		want(t, w.mux("judge", "dial", "hop2", echo), 0, "ping")
 		eventually(t, "nothing holds the connections any more", func() bool { return len(w.mustStatus().Upstreams) == 0 })
 	})
 }
