@@ -139,7 +139,7 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		if err != nil {
 			return err
 		}
-		transfer, err := j.host.HandOver(ctx, plugin.Handover{
+		carried, err := j.host.HandOver(ctx, plugin.Handover{
 			Connection: c.ID, Network: network, Address: what, Data: []byte("ping "), PID: os.Getpid(), Origin: near.LocalAddr().String(),
 		}, far.(*net.TCPConn))
 		far.Close()
@@ -149,7 +149,7 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		fmt.Fprint(near, "pong")
 		near.(*net.TCPConn).CloseWrite()
 		_, err = io.Copy(stdout, near)
-		transfer.Wait()
+		carried.Wait()
 		return err
 	case "listen":
 		l, err := j.host.Listen(ctx, c.ID, network, what)
@@ -331,6 +331,23 @@ func TestAPluginWaits(t *testing.T) {
 				t.Errorf("stderr %q", r.err)
 			}
 		}
+		// The answer is a use, too.
+		w.reload(judged("[]", `    ask = ["exec"]`) + "host \"127.0.0.1\" {\n  deny {\n    when   = use.name == \"allow\"\n    reason = \"not by you\"\n  }\n}\n")
+		q := w.sshStart("box", "echo done")
+		q.expectErr("judge: run `muxproxy allow ")
+		var list []struct{ ID string }
+		if r := w.mux("pending", "--json"); json.Unmarshal([]byte(r.out), &list) != nil || len(list) != 1 {
+			t.Fatalf("pending: %+v", r)
+		}
+		if r := w.mux("allow", list[0].ID); r.status != 1 || !strings.Contains(r.err, "denied by policy: not by you") {
+			t.Errorf("allow: %+v", r)
+		}
+		if r := w.mux("deny", list[0].ID); r.status != 0 {
+			t.Errorf("deny: %+v", r)
+		}
+		q.in.Close()
+		want(t, q.wait(patience), 255, "")
+		w.reload(judged("[]", `    ask = ["exec"]`))
 		// Who leaves is waited for no more.
 		p := w.sshStart("box", "true")
 		p.expectErr("judge: run `muxproxy allow ")
@@ -518,7 +535,7 @@ func TestWhatAPluginDoesIsJudged(t *testing.T) {
 		want(t, w.mux("judge", "dial", "hop3", echo), 0, "ping")
 		h.count(1, 1, 1) // not around the jump hosts
 		for what, c := range map[string]struct{ lines, why string }{
-			"not shared": {"share = host.port != " + port, "policy does not share connections to 127.0.0.1:" + port},
+			"not shared": {"share = host.port != " + port, "connections to 127.0.0.1:" + port + " are not shared"},
 			"a jump": {"deny {\n when = use.kind == \"jump\" && use.port == " + port + "\n reason = \"no way\"\n}",
 				"denied by policy: no way"},
 			"the caller": {fmt.Sprintf("deny {\n when = client.exe == %q && use.kind == \"attach\"\n reason = \"no plugins\"\n}", exe),
@@ -592,11 +609,27 @@ func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 		return
 	}
 	forPipes(t, func(t *testing.T, w *world) {
-		w.policy(judged("[]", ""))
+		// One that is being started has no life line that it looks at.
+		script := w.write("mute", "#!/bin/sh\nexec sleep 3600\n")
+		if err := os.Chmod(script, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", ""))
 		want(t, w.ssh("box", "true"), 0, "")
-		pid := w.plugins()[0].PID
-		kill9(w.mustStatus().PID)
-		eventually(t, "the plugin is gone", func() bool { return gone(pid) })
+		pid, master := 0, w.mustStatus().PID
+		for _, p := range w.plugins() {
+			if p.Name == "judge" {
+				pid = p.PID
+			}
+		}
+		mute := 0
+		eventually(t, "the mute one is tried again", func() bool {
+			mute = w.sleeper(master)
+			return mute != 0
+		})
+		kill9(master)
+		eventually(t, "the plugins are gone", func() bool { return pid != 0 && gone(pid) && gone(mute) })
+		w.policy("")
 		want(t, w.ssh("box", "echo again"), 0, "again\n")
 	})
 }
@@ -727,6 +760,16 @@ func TestTwoMastersHavePlugins(t *testing.T) {
 	})
 }
 
+// sleeper is a sleep(1) that a master has started; 0: none.
+func (w *world) sleeper(master int) int {
+	for _, child := range children(master) {
+		if args := processes()[child]; len(args) > 0 && args[0] == "sleep" {
+			return child
+		}
+	}
+	return 0
+}
+
 // A plugin that can't be started, or does not take its configuration, denies what its blocks cover. It keeps no master
 // from starting, nor from being told what to do, and is tried again.
 func TestAPluginThatDoesNotStart(t *testing.T) {
@@ -743,7 +786,7 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		mute := strings.Replace(policy, exe, script, 1)
+		unanswered := strings.Replace(policy, exe, script, 1)
 		// Another one has its job, and goes on with it.
 		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", `    deny = ["shell"]`))
 		if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: no shell") {
@@ -753,7 +796,7 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 			t.Fatalf("%+v", r)
 		}
 		for what, text := range map[string]string{
-			"no answer": mute, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
+			"no answer": unanswered, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
 		} {
 			w.policy(text)
 			if r := w.ssh("box", "echo others"); r.status != 0 || r.out != "others\n" {
@@ -771,7 +814,18 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		if r := w.ssh("box", "true"); r.status != 255 || !strings.Contains(r.err, "denied by judge: the plugin failed") {
 			t.Errorf("%+v", r)
 		}
-		w.reload(judgedFor(`"*"`, "[]", ""))
+		mute, master := 0, w.mustStatus().PID
+		eventually(t, "it is tried again", func() bool {
+			mute = w.sleeper(master)
+			return mute != 0
+		})
+		w.policy(judgedFor(`"*"`, "[]", ""))
+		if r := w.mux("master", "reload"); r.status != 0 || r.took > 5*time.Second {
+			t.Errorf("a reload waits for a plugin that does not answer: %+v", r)
+		}
+		if !gone(mute) {
+			t.Error("it is still being tried")
+		}
 		want(t, w.ssh("box", "echo better"), 0, "better\n")
 		if r := w.mux("master", "stop"); r.status != 0 {
 			t.Fatalf("%+v", r)

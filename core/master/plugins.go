@@ -83,14 +83,17 @@ func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (p
 	return p.diags, nil
 }
 
-// complete starts the plugins of the policy in force that could not be started with the master. It reports whether there
-// is nothing left to do.
+// complete starts the plugins of the policy in force that could not be started with the master, unless a reload comes. It
+// reports whether there is nothing left to do.
 func (m *Master) complete(ctx context.Context) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	m.policy.trying.Store(&cancel)
 	select {
 	case m.policy.loading <- struct{}{}:
 		defer func() { <-m.policy.loading }()
 	case <-ctx.Done():
-		return true
+		return false
 	}
 	if !m.policy.incomplete.Load() {
 		return true // a reload has
@@ -172,11 +175,12 @@ func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch
 	return p.snapshot, p.diags
 }
 
-// pluginDirs are where plugins without a path are looked for.
+// pluginDirs are where plugins without a path are looked for: the user's own, and those that were installed with this
+// program, in /usr/libexec/muxproxy if it is in /usr/bin.
 func pluginDirs(dirs paths.Dirs) []string {
 	list := []string{filepath.Join(dirs.Data, "plugins")}
 	if exe, err := os.Executable(); err == nil {
-		list = append(list, filepath.Join(filepath.Dir(exe), "libexec", "muxproxy"))
+		list = append(list, filepath.Join(filepath.Dir(exe), "..", "libexec", "muxproxy"))
 	}
 	return list
 }

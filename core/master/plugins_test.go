@@ -127,3 +127,21 @@ func TestBuiltInPlugin(t *testing.T) {
 		t.Errorf("%+v, %v", list, err)
 	}
 }
+
+// The plugins know blocks by IDs that no later policy uses for others: a question may be under way when one comes.
+func TestBlockIDs(t *testing.T) {
+	one, two := lookup{generation: 1}, lookup{generation: 2}
+	if one.id(3) == two.id(3) {
+		t.Errorf("%q twice", one.id(3))
+	}
+	for _, l := range []lookup{one, two} {
+		if n := l.number(l.id(3)); n != 3 {
+			t.Errorf("%q is number %d", l.id(3), n)
+		}
+	}
+	for _, id := range []string{"", "3", "1.x"} {
+		if n := one.number(id); n != -1 {
+			t.Errorf("%q is number %d", id, n)
+		}
+	}
+}

@@ -345,7 +345,7 @@ func TestACutStreamIsReset(t *testing.T) {
 	s := spec(t, "a", "")
 	s.May = []string{"dial"}
 	w.run([]Plugin{s}, block("a", "h", "allow"))
-	if status, out := w.command("a", "handover", "1", "echo:1"); status != 0 || out != "open: first second (in 12, out 12)" {
+	if status, out := w.command("a", "handover", "1", "echo:1"); status != 0 || !strings.HasPrefix(out, "open: first second") {
 		t.Errorf("whole: %d, %q", status, out)
 	}
 	if status, out := w.command("a", "handover", "1", "cut:1"); status != 255 || !strings.Contains(out, "connection reset by peer") {
@@ -371,4 +371,20 @@ func TestConfiguredTwice(t *testing.T) {
 	p.next = nil
 	p.mu.Unlock()
 	w.upAgain("a", was)
+}
+
+// A plugin that has got the next policy already and forgotten this one has not failed: what it should have judged is denied
+// also where its failures count for nothing.
+func TestAForgottenBlockDenies(t *testing.T) {
+	w := newWorld(t, Timing{})
+	s := spec(t, "a", "")
+	s.AllowOnFailure = true
+	w.run([]Plugin{s}, block("a", "h", "none"))
+	if d := w.check(use.Exec, "h"); d != nil {
+		t.Errorf("a failure: %v", d)
+	}
+	w.replace([]Plugin{s}, hosts{"a/forgotten": true})
+	if d := w.check(use.Exec, "forgotten"); d == nil || !strings.Contains(d.Error(), "it does not know its block") {
+		t.Errorf("a block that it does not know: %v", d)
+	}
 }

@@ -283,7 +283,7 @@ type duplex interface {
 }
 
 // join copies both ways until both have ended, or one has failed; then it returns false.
-func join(local, remote duplex, n *pluginrun.Counts) bool {
+func join(local duplex, remote Stream, n *pluginrun.Counts) bool {
 	var copying sync.WaitGroup
 	var failed atomic.Bool
 	one := func(to, from duplex, count func(int)) {

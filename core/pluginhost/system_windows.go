@@ -1,8 +1,6 @@
 package pluginhost
 
-import (
-	"errors"
-)
+import "errors"
 
 func sessionOf(int) (int, error) { return 0, errors.ErrUnsupported }
 

@@ -21,8 +21,8 @@ func (s *Socket) CloseWrite() error {
 	return s.Conn.(interface{ CloseWrite() error }).CloseWrite()
 }
 
-// Whole says whether the end of a TCP connection is to be one in good order. Otherwise it is a reset, also if this process
-// is killed: what was cut off must not look complete. Unix sockets have no way to say so.
+// Whole says whether the end of a TCP connection is to be one in good order. If not it is a reset, also if this process is
+// killed: what was cut off must not look complete. Unix sockets have no way to say so.
 func (s *Socket) Whole(so bool) {
 	seconds := 0
 	if so {
