@@ -304,7 +304,14 @@ func (w *world) runBlock(t *testing.T, b docBlock) bool {
 		t.Errorf("%s: status %d, want %d\n%s\n%s", where, status, b.status, b.script, got)
 		return false
 	}
-	if missing := printed(b.want, string(got)); missing != "" {
+	missing := ""
+	if !within(patience, func() bool { // what it left in the background may be about to say it
+		if got, err = os.ReadFile(out.Name()); err != nil {
+			t.Fatal(err)
+		}
+		missing = printed(b.want, string(got))
+		return missing == ""
+	}) {
 		t.Errorf("%s: no line like %q in what it printed:\n%s", where, missing, got)
 		return false
 	}
