@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -198,6 +199,15 @@ func TestADialogEnds(t *testing.T) {
 		}
 		w.refused(w.ssh("box", "echo hi"), 255, "denied by lock")
 		w.mux("unlock")
+		os.Remove(w.path("pid"))
+		p := w.sshStart("box", "echo hi")
+		pid = w.dialog()
+		kids := children(pid)
+		kill9(w.mustStatus().PID)
+		p.wait(patience)
+		eventually(t, "the dialog is gone, and what it has started", func() bool {
+			return gone(pid) && !slices.ContainsFunc(kids, func(kid int) bool { return !gone(kid) })
+		})
 		w.answers("exit 0")
 		want(t, w.ssh("box", "echo hi"), 0, "hi\n")
 	}, asked)
@@ -289,6 +299,9 @@ func TestAnswersThatCount(t *testing.T) {
 		} {
 			w.policy(w.confirms(bad.lines))
 			if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, bad.want) {
+				t.Errorf("%+v, want %s", r, bad.want)
+			}
+			if r := w.mux("config", "check"); r.status != 1 || !strings.Contains(r.out+r.err, bad.want) {
 				t.Errorf("%+v, want %s", r, bad.want)
 			}
 		}

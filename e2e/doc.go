@@ -7,6 +7,7 @@
 //	E2E_RACE=0   builds the programs without the race detector.
 //	E2E_BIN=DIR  tests the programs in DIR and builds none.
 //	E2E_BIG=1    the byte-exact copies move 256 MiB, built without the race detector; else 64 MiB.
+//	             A forwarded connection is silent for a minute; else 2 s.
 //
 // A test of what plain ssh has not says so in its log and ends at once in plain mode. Nothing is skipped: a missing
 // ssh or sshd is a failure.

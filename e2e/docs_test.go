@@ -178,10 +178,12 @@ esac
 exec `+binDir+`/muxproxy "$@"`)
 	w.env = slices.DeleteFunc(w.env, func(e string) bool { return strings.HasPrefix(e, "PATH=") })
 	w.env = append(w.env, "PATH="+w.path("docs-bin")+":"+binDir+":"+os.Getenv("PATH"), "T="+w.path("docs-files"),
-		"SSHD_LOG="+w.sshdLog)
-	t.Cleanup(func() { // before the master goes, as in world.end
+		"SSHD_LOG="+w.sshdLog, "ANSIBLE_SSH_USETTY=no") // not every sshd here can give a terminal
+	t.Cleanup(func() { // what blocks left, here and on the remote side; before the master goes, as in world.end
 		for pid, args := range processes() {
-			if pid != os.Getpid() && strings.Contains(strings.Join(args, " "), w.dir+"/home/") {
+			environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+			if err == nil && slices.Contains(strings.Split(string(environ), "\x00"), "HOME="+w.path("home")) &&
+				filepath.Base(args[0]) != "muxproxyd" {
 				kill9(pid)
 			}
 		}
@@ -260,9 +262,13 @@ func checkDocPolicies(t *testing.T, files []string) {
 		}
 		for _, m := range blocks.FindAllStringSubmatch(string(text), -1) {
 			found++
-			r := w.run(spec{args: []string{binDir + "/muxproxy", "config", "check", w.write("block.hcl", m[1])}, null: true})
+			text := m[1]
+			if word, _, _ := strings.Cut(text, " "); !slices.Contains([]string{"host", "master", "plugin"}, word) {
+				text = "host \"*\" {\n" + text + "}\n" // part of one
+			}
+			r := w.run(spec{args: []string{binDir + "/muxproxy", "config", "check", w.write("block.hcl", text)}, null: true})
 			if r.status != 0 {
-				t.Errorf("%s: status %d\n%s%s\n%s", file, r.status, r.out, r.err, m[1])
+				t.Errorf("%s: status %d\n%s%s\n%s", file, r.status, r.out, r.err, text)
 			}
 		}
 	}

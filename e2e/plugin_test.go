@@ -11,11 +11,14 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/muxproxy/muxproxy/core/plugin"
 )
@@ -29,9 +32,17 @@ type judgeBlock struct {
 	Keep time.Duration `hcl:"keep,optional"`
 }
 
-func (*judge) Describe() plugin.Info {
+// name is the judge's, or that of one that misbehaves, as its executable is called.
+func (*judge) name() string {
+	if name := os.Getenv("E2E_PLUGIN"); name != "" {
+		return name
+	}
+	return "judge"
+}
+
+func (j *judge) Describe() plugin.Info {
 	return plugin.Info{
-		Name: "judge", Version: "1", AsksPerson: true, Host: judgeBlock{}, Wants: plugin.Capabilities(),
+		Name: j.name(), Version: "1", AsksPerson: true, Host: judgeBlock{}, Wants: plugin.Capabilities(),
 		Verbs: []plugin.Verb{{Usage: "dial HOST ADDRESS", Doc: "say ping there"}, {Usage: "listen HOST ADDRESS", Doc: "answer one"}},
 	}
 }
@@ -53,6 +64,9 @@ func (j *judge) Configure(_ context.Context, c *plugin.Config) (problems plugin.
 
 func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decision {
 	b := r.Block.(*judgeBlock)
+	if j.name() == "silent" {
+		<-ctx.Done()
+	}
 	switch {
 	case slices.Contains(b.Deny, r.Use.Kind):
 		return plugin.Deny("no "+r.Use.Kind+" for "+r.Use.Target.String(), "ask the judge")
@@ -68,6 +82,9 @@ func (j *judge) Retain(_ context.Context, i *plugin.Idle) time.Time {
 }
 
 func (j *judge) Observe(ctx context.Context, e plugin.Event) {
+	if j.name() == "stalled" {
+		select {}
+	}
 	target := ""
 	if e.Connection.ID != 0 {
 		target = e.Connection.Target.String()
@@ -106,6 +123,33 @@ func (j *judge) act(ctx context.Context, verb, host, what string, stdout io.Writ
 		fmt.Fprint(s, "ping")
 		s.CloseWrite()
 		_, err = io.Copy(stdout, s)
+		return err
+	case "handover":
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		near, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			return err
+		}
+		defer near.Close()
+		far, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		carried, err := j.host.HandOver(ctx, plugin.Handover{
+			Connection: c.ID, Network: network, Address: what, Data: []byte("ping "), PID: os.Getpid(), Origin: near.LocalAddr().String(),
+		}, far.(*net.TCPConn))
+		far.Close()
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(near, "pong")
+		near.(*net.TCPConn).CloseWrite()
+		_, err = io.Copy(stdout, near)
+		carried.Wait()
 		return err
 	case "listen":
 		l, err := j.host.Listen(ctx, c.ID, network, what)
@@ -287,6 +331,23 @@ func TestAPluginWaits(t *testing.T) {
 				t.Errorf("stderr %q", r.err)
 			}
 		}
+		// The answer is a use, too.
+		w.reload(judged("[]", `    ask = ["exec"]`) + "host \"127.0.0.1\" {\n  deny {\n    when   = use.name == \"allow\"\n    reason = \"not by you\"\n  }\n}\n")
+		q := w.sshStart("box", "echo done")
+		q.expectErr("judge: run `muxproxy allow ")
+		var list []struct{ ID string }
+		if r := w.mux("pending", "--json"); json.Unmarshal([]byte(r.out), &list) != nil || len(list) != 1 {
+			t.Fatalf("pending: %+v", r)
+		}
+		if r := w.mux("allow", list[0].ID); r.status != 1 || !strings.Contains(r.err, "denied by policy: not by you") {
+			t.Errorf("allow: %+v", r)
+		}
+		if r := w.mux("deny", list[0].ID); r.status != 0 {
+			t.Errorf("deny: %+v", r)
+		}
+		q.in.Close()
+		want(t, q.wait(patience), 255, "")
+		w.reload(judged("[]", `    ask = ["exec"]`))
 		// Who leaves is waited for no more.
 		p := w.sshStart("box", "true")
 		p.expectErr("judge: run `muxproxy allow ")
@@ -349,6 +410,34 @@ func (w *world) echo(network, address string) string {
 			}
 			go func() {
 				io.Copy(struct{ io.Writer }{c}, c)
+				c.Close()
+			}()
+		}
+	}()
+	return l.Addr().String()
+}
+
+// half is the address of a server that sends half of an answer and no more.
+func (w *world) half() string {
+	w.t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	done := make(chan struct{})
+	w.t.Cleanup(func() {
+		close(done)
+		l.Close()
+	})
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				fmt.Fprint(c, "half")
+				<-done
 				c.Close()
 			}()
 		}
@@ -421,17 +510,126 @@ func TestAPluginActs(t *testing.T) {
 	})
 }
 
+// What a plugin has the master do is judged as the plugin's, and goes the way that a client's would.
+func TestWhatAPluginDoesIsJudged(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		h := newHops(w, 3)
+		port := strings.Fields(strings.SplitN(h.lines[2], "Port ", 2)[1])[0]
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		echo := w.echo("tcp", "127.0.0.1:0")
+		config := func(more string) string {
+			return "master {\n  ssh_config = \"" + h.config("via.conf", nil) + "\"\n}\n" +
+				judged(`["connect", "dial", "listen", "close"]`, "") + fmt.Sprintf(
+				"host \"127.0.0.1\" {\n  via = host.port == %s ? [\"hop1\", \"hop2\"] : []\n%s\n}\n", port, more)
+		}
+		w.policy(config(""))
+		if r := w.mux("master", "start"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		want(t, w.mux("judge", "dial", "hop3", echo), 0, "ping")
+		h.count(1, 1, 1) // not around the jump hosts
+		for what, c := range map[string]struct{ lines, why string }{
+			"not shared": {"share = host.port != " + port, "connections to 127.0.0.1:" + port + " are not shared"},
+			"a jump": {"deny {\n when = use.kind == \"jump\" && use.port == " + port + "\n reason = \"no way\"\n}",
+				"denied by policy: no way"},
+			"the caller": {fmt.Sprintf("deny {\n when = client.exe == %q && use.kind == \"attach\"\n reason = \"no plugins\"\n}", exe),
+				"denied by policy: no plugins"},
+		} {
+			w.reload(config(""))
+			want(t, w.mux("judge", "close", "hop3", "now"), 0, "")
+			w.reload(config(c.lines))
+			if r := w.mux("judge", "dial", "hop3", echo); r.status != 1 || !strings.Contains(r.err, c.why) {
+				t.Errorf("%s: %+v", what, r)
+			}
+		}
+		w.reload(config(""))
+
+		// What is cut off does not look complete.
+		want(t, w.mux("judge", "handover", "hop1", echo), 0, "ping pong")
+		half := w.half()
+		cut := w.start(spec{args: []string{binDir + "/muxproxy", "judge", "handover", "hop1", half}})
+		if _, ok := cut.out.expect("half", patience); !ok {
+			t.Fatalf("nothing comes: %s", cut.err)
+		}
+		h.links[0].cut()
+		if r := cut.wait(patience); r.status != 1 || !strings.Contains(r.err, "connection reset by peer") {
+			t.Errorf("cut off: %+v", r)
+		}
+
+		// The lock stops new connections of a standing forward.
+		p := w.start(spec{args: []string{binDir + "/muxproxy", "judge", "listen", "hop1", "127.0.0.1:0"}})
+		address, ok := p.out.expect("\n", patience)
+		if !ok {
+			t.Fatalf("no address: %s", p.err)
+		}
+		say := func() string {
+			t.Helper()
+			c, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(patience))
+			fmt.Fprint(c, "hello")
+			c.(*net.TCPConn).CloseWrite()
+			got, _ := io.ReadAll(c) // the lock's refusal can be a reset
+			return string(got)
+		}
+		if r := w.mux("lock"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := say(); got != "" {
+			t.Errorf("locked: %q", got)
+		}
+		if r := w.mux("judge", "dial", "hop1", echo); r.status == 0 || !strings.Contains(r.err, "denied by lock") {
+			t.Errorf("locked: %+v", r)
+		}
+		if r := w.mux("unlock"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := say(); got != "hello" {
+			t.Errorf("unlocked: %q", got)
+		}
+		if r := p.wait(patience); r.status != 0 {
+			t.Errorf("%+v", r)
+		}
+		eventually(t, "nothing holds the connections any more", func() bool { return len(w.mustStatus().Upstreams) == 0 })
+	})
+}
+
 // A master that is killed takes its plugins along.
 func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 	if !muxproxyOnly(t) {
 		return
 	}
 	forPipes(t, func(t *testing.T, w *world) {
-		w.policy(judged("[]", ""))
+		// One that is being started has no life line that it looks at.
+		script := w.write("mute", "#!/bin/sh\nexec sleep 3600\n")
+		if err := os.Chmod(script, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", ""))
 		want(t, w.ssh("box", "true"), 0, "")
-		pid := w.plugins()[0].PID
-		kill9(w.mustStatus().PID)
-		eventually(t, "the plugin is gone", func() bool { return gone(pid) })
+		pid, master := 0, w.mustStatus().PID
+		for _, p := range w.plugins() {
+			if p.Name == "judge" {
+				pid = p.PID
+			}
+		}
+		mute := 0
+		eventually(t, "the mute one is tried again", func() bool {
+			mute = w.sleeper(master)
+			return mute != 0
+		})
+		kill9(master)
+		eventually(t, "the plugins are gone", func() bool { return pid != 0 && gone(pid) && gone(mute) })
+		w.policy("")
 		want(t, w.ssh("box", "echo again"), 0, "again\n")
 	})
 }
@@ -562,6 +760,16 @@ func TestTwoMastersHavePlugins(t *testing.T) {
 	})
 }
 
+// sleeper is a sleep(1) that a master has started; 0: none.
+func (w *world) sleeper(master int) int {
+	for _, child := range children(master) {
+		if args := processes()[child]; len(args) > 0 && args[0] == "sleep" {
+			return child
+		}
+	}
+	return 0
+}
+
 // A plugin that can't be started, or does not take its configuration, denies what its blocks cover. It keeps no master
 // from starting, nor from being told what to do, and is tried again.
 func TestAPluginThatDoesNotStart(t *testing.T) {
@@ -578,9 +786,17 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		mute := strings.Replace(policy, exe, script, 1)
+		unanswered := strings.Replace(policy, exe, script, 1)
+		// Another one has its job, and goes on with it.
+		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", `    deny = ["shell"]`))
+		if r := w.ssh("box"); r.status != 255 || !strings.Contains(r.err, "denied by judge: no shell") {
+			t.Errorf("beside one that does not answer: %+v", r)
+		}
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
 		for what, text := range map[string]string{
-			"no answer": mute, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
+			"no answer": unanswered, "a crash in Configure": strings.Replace(policy, "when", `deny = ["crash"]`+"\n when", 1),
 		} {
 			w.policy(text)
 			if r := w.ssh("box", "echo others"); r.status != 0 || r.out != "others\n" {
@@ -598,7 +814,18 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		if r := w.ssh("box", "true"); r.status != 255 || !strings.Contains(r.err, "denied by judge: the plugin failed") {
 			t.Errorf("%+v", r)
 		}
-		w.reload(judgedFor(`"*"`, "[]", ""))
+		mute, master := 0, w.mustStatus().PID
+		eventually(t, "it is tried again", func() bool {
+			mute = w.sleeper(master)
+			return mute != 0
+		})
+		w.policy(judgedFor(`"*"`, "[]", ""))
+		if r := w.mux("master", "reload"); r.status != 0 || r.took > 5*time.Second {
+			t.Errorf("a reload waits for a plugin that does not answer: %+v", r)
+		}
+		if !gone(mute) {
+			t.Error("it is still being tried")
+		}
 		want(t, w.ssh("box", "echo better"), 0, "better\n")
 		if r := w.mux("master", "stop"); r.status != 0 {
 			t.Fatalf("%+v", r)
@@ -613,5 +840,105 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, "the plugin is there, and judges", func() bool { return w.ssh("box", "true").status == 0 })
+	})
+}
+
+// Plugins that misbehave, each in its way, harm nobody but the uses that they judge, and nothing is left of them.
+func TestMisbehavedPlugins(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := w.path("home/.local/share/muxproxy/plugins")
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		play := func(name, before string) {
+			script := fmt.Sprintf("#!/bin/sh\n%s\nE2E_PLUGIN=%s exec %s\n", before, name, exe)
+			if err := os.WriteFile(dir+"/muxproxy-plugin-"+name, []byte(script), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		play("silent", "")
+		play("stalled", "")
+		play("junk", `printf '{"@message": 1}\n{"level":"panic","message":"bye"}\n\000\377\n' >&2; head -c 100000 /dev/zero >&2`)
+		play("forks", "sleep 3600 & sleep 3600 &")
+		play("crashes", "")
+		play("mute", "exec sleep 3600")
+		play("garbage", "echo hello; exec sleep 3600")
+		play("wrong", "echo '1|99|unix|/nowhere|grpc'; exec sleep 3600")
+		play("stubborn", "trap '' TERM INT HUP; sh -c 'trap \"\" TERM INT HUP; sleep 3600' &")
+		w.policy(`plugin "stalled" {
+  may = ["observe"]
+}
+host "127.0.0.1" {
+  silent { when = use.kind == "shell" }
+  stalled {}
+  junk {}
+  forks {}
+  stubborn {}
+  crashes {
+    deny = ["crash"]
+    when = use.kind == "subsystem"
+  }
+  mute { when = use.kind == "local-forward" }
+  garbage { when = use.kind == "local-forward" }
+  wrong { when = use.kind == "local-forward" }
+}
+`)
+		held := w.hold()
+		master := w.mustStatus().PID
+		group := map[int]bool{}
+		for _, p := range w.plugins() {
+			if p.PID > 0 {
+				group[p.PID] = true
+			}
+		}
+		fds := len(w.fds(master))
+		for range 3 {
+			want(t, w.ssh("box", "echo others"), 0, "others\n")
+		}
+		for use, by := range map[string]string{"": "silent", "-W127.0.0.1:1": "garbage", "-s": "crashes"} {
+			args := []string{"box"}
+			switch use {
+			case "-s":
+				args = []string{"-s", "box", "sftp"}
+			case "":
+			default:
+				args = []string{use, "box"}
+			}
+			if r := w.ssh(args...); r.status != 255 || !strings.Contains(r.err, "denied by ") || !strings.Contains(r.err, "the plugin failed") {
+				t.Errorf("%s: %+v", by, r)
+			}
+		}
+		held.echo("lives on")
+		held.release()
+		for _, line := range []string{"config.hcl:16:3: wrong: ", "speaks version 99 of the plugin protocol"} {
+			if !strings.Contains(w.masterLog(), line) {
+				t.Errorf("the log has no %q", line)
+			}
+		}
+		eventually(t, "between two tries to start some of them the master has no more descriptors than before", func() bool {
+			return len(w.fds(master)) <= fds
+		})
+		if r := w.mux("master", "stop"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		eventually(t, "the master has ended", func() bool { return gone(master) })
+		eventually(t, "no process of a plugin is left", func() bool {
+			for pid := range processes() {
+				if id, err := unix.Getsid(pid); err == nil && group[id] {
+					return false
+				}
+			}
+			return true
+		})
+		if left, _ := filepath.Glob(w.path("run/muxproxy/plugins*")); len(left) > 0 {
+			t.Errorf("left: %q", left)
+		}
 	})
 }

@@ -17,7 +17,8 @@ func newClose(a *app) *cobra.Command {
 		Short: "end connections to a host, and all that uses them, now",
 		Long: `Ends the upstream connections to TARGET and every client that uses them, now.
 TARGET is HOST, USER@HOST, USER@HOST:PORT or an alias in use.`,
-		Example: "  muxproxy close db.example.com\n  muxproxy close --all",
+		Example:           "  muxproxy close db.example.com\n  muxproxy close --all",
+		ValidArgsFunction: a.completeTarget,
 		Args: func(_ *cobra.Command, args []string) error {
 			if all != (len(args) == 0) || len(args) > 1 {
 				return errors.New("give either one TARGET or --all")

@@ -23,14 +23,10 @@ func newConfig(a *app) *cobra.Command {
 		Use:   "config",
 		Short: "check the policy file, or show what applies to a host",
 		Long: `Works on the policy file: $MUXPROXY_CONFIG, or config.hcl in the configuration
-directory. docs/policy.md says what may stand in it.`,
+directory. docs/policy.md, which is muxproxy.hcl(5), says what may stand in it.`,
 		Example: "  muxproxy config check\n  muxproxy config show db.example.com",
 		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			cmd.SetOut(a.stderr)
-			_ = cmd.Usage() // writes to stderr, the last thing that can be tried
-			return &statusError{status: exitUsage}
-		},
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.usage(cmd) },
 	}
 	var asJSON bool
 	check := &cobra.Command{
@@ -39,8 +35,9 @@ directory. docs/policy.md says what may stand in it.`,
 		Long: `Reports all that is wrong with the policy file, or with FILE, each with its
 line. Plugins that it mentions are started to ask what their blocks may hold.
 Ends with 1 if there are errors; warnings alone end with 0.`,
-		Example: "  muxproxy config check",
-		Args:    cobra.MaximumNArgs(1),
+		Example:           "  muxproxy config check",
+		ValidArgsFunction: cobra.FixedCompletions([]cobra.Completion{"hcl"}, cobra.ShellCompDirectiveFilterFileExt),
+		Args:              cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runConfigCheck(cmd.Context(), a, first(args), asJSON)
 		},
@@ -53,8 +50,9 @@ Ends with 1 if there are errors; warnings alone end with 0.`,
 		Long: `Shows what the policy file says about a host, with file and line of each part,
 in the order in which it is looked at. HOST is as for ssh: your ssh_config is
 asked where it leads.`,
-		Example: "  muxproxy config show db.example.com",
-		Args:    cobra.ExactArgs(1),
+		Example:           "  muxproxy config show db.example.com",
+		ValidArgsFunction: a.completeHost,
+		Args:              cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runConfigShow(cmd.Context(), a, args[0], showJSON)
 		},

@@ -15,9 +15,10 @@ func newDemo(a *app) *cobra.Command {
 		Long: `Measures what sharing gives: the same work by ssh alone and through a master of
 its own, with a server of its own on this machine, or with HOST, any host that
 ssh reaches. Nothing of it stays.`,
-		Example: "  muxproxy demo\n  muxproxy demo db.example.com",
-		Args:    cobra.MaximumNArgs(1),
-		RunE:    func(cmd *cobra.Command, args []string) error { return runDemo(cmd.Context(), a, first(args)) },
+		Example:           "  muxproxy demo\n  muxproxy demo db.example.com",
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: a.completeHost,
+		RunE:              func(cmd *cobra.Command, args []string) error { return runDemo(cmd.Context(), a, first(args)) },
 	}
 }
 

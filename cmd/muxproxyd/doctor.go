@@ -54,12 +54,14 @@ where there is something to do, "mend". A name can come more than once. They are
 			}
 			return nil
 		},
+		ValidArgsFunction: a.completeHost,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runDoctor(cmd.Context(), a, first(args), config, asJSON)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	cmd.Flags().StringVarP(&config, "ssh-config", "F", "", "the `FILE` for ssh -F, instead of ~/.ssh/config")
+	completeFlag(cmd, "ssh-config", cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault))
 	return cmd
 }
 

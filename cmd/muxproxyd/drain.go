@@ -15,7 +15,8 @@ func newDrain(a *app) *cobra.Command {
 		Long: `Lets the upstream connections to TARGET, or all, take no new clients and end
 with their last. The next ssh makes a new connection. TARGET is HOST, USER@HOST,
 USER@HOST:PORT or an alias in use.`,
-		Example: "  muxproxy drain db.example.com",
+		Example:           "  muxproxy drain db.example.com",
+		ValidArgsFunction: a.completeTarget,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if err := cobra.MaximumNArgs(1)(cmd, args); err != nil {
 				return err

@@ -14,7 +14,8 @@ func newExists(a *app) *cobra.Command {
 		Short: "tell by the exit status whether a connection to a host is up",
 		Long: `Ends with 0 if an upstream connection to TARGET is up, with 1 if not. TARGET is
 HOST, USER@HOST, USER@HOST:PORT or an alias in use.`,
-		Example: "  muxproxy exists db.example.com && rsync -a src db.example.com:",
+		Example:           "  muxproxy exists db.example.com && rsync -a src db.example.com:",
+		ValidArgsFunction: a.completeTarget,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if err := cobra.ExactArgs(1)(cmd, args); err != nil {
 				return err

@@ -42,11 +42,13 @@ Quote a COMMAND of several words. Ends with 1 if it would be denied.`,
 			}
 			return cobra.MinimumNArgs(1)(cmd, args)
 		},
+		ValidArgsFunction: a.completeHost,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runExplain(cmd.Context(), a, args[0], use.Kind(kind), strings.Join(args[1:], " "), asJSON)
 		},
 	}
-	cmd.Flags().StringVar(&kind, "kind", "", "the kind of use")
+	cmd.Flags().StringVar(&kind, "kind", "", "the `KIND` of use")
+	completeFlag(cmd, "kind", cobra.FixedCompletions(kinds, cobra.ShellCompDirectiveNoFileComp))
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return cmd
 }

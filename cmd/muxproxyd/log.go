@@ -48,7 +48,7 @@ func newLog(a *app) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what is added, until interrupted")
-	cmd.Flags().IntVarP(&lines, "lines", "n", 20, "how many lines of the end to print first")
+	cmd.Flags().IntVarP(&lines, "lines", "n", 20, "how many lines, `N`, of the end to print first")
 	cmd.Flags().BoolVar(&audit, "audit", false, "the audit log")
 	return cmd
 }

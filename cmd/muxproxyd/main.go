@@ -6,16 +6,21 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/muxproxy/muxproxy/core/bridge"
 	"github.com/muxproxy/muxproxy/core/control"
 	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -82,6 +87,9 @@ func run(ctx context.Context, a *app, args []string) int {
 		}
 	case !running:
 		status = exitUsage
+		if word := cmd.Flags().Arg(0); word != "" && cmd.HasSubCommands() {
+			err = didYouMean(err, word, commandNames(cmd))
+		}
 		err = fmt.Errorf("%w; see `%s --help`", err, cmd.CommandPath())
 	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
 		err = errors.New("interrupted")
@@ -105,22 +113,32 @@ MUXPROXY_BYPASS=1 in the environment goes without it.`,
 		Args:          cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
-				cmd.SetOut(a.stderr)
-				_ = cmd.Usage() // writes to stderr, the last thing that can be tried
-				return &statusError{status: exitUsage}
+				return a.usage(cmd)
 			}
 			if found, err := runVerb(cmd.Context(), a, args[0], args[1:]); found {
 				return err
 			}
-			msg := fmt.Sprintf("unknown command %q", args[0])
-			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-				msg += fmt.Sprintf("; did you mean %q?", near[0])
+			if slices.Contains(builtInNames(), args[0]) {
+				return no("%s is a plugin's command: it needs a master whose policy has a %s block; see `muxproxy plugin list`",
+					args[0], args[0])
 			}
-			return &statusError{exitUsage, errors.New(msg + "; see `muxproxy --help`")}
+			err := didYouMean(fmt.Errorf("unknown command %q", args[0]), args[0],
+				slices.Concat(commandNames(cmd), builtInNames(), slices.Collect(maps.Keys(a.verbs(cmd)))))
+			return &statusError{exitUsage, fmt.Errorf("%w; see `muxproxy help`", err)}
 		},
+		ValidArgsFunction: a.completeVerb,
 	}
 	root.Flags().SetInterspersed(false) // what follows a plugin's command is the plugin's
-	root.SuggestionsMinimumDistance = 2
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		var unknown *pflag.NotExistError
+		if !errors.As(err, &unknown) {
+			return err
+		}
+		var names []string
+		cmd.Flags().VisitAll(func(f *pflag.Flag) { names = append(names, "--"+f.Name) })
+		return didYouMean(err, "--"+unknown.GetSpecifiedName(), names)
+	})
+	root.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.AddCommand(
@@ -128,7 +146,44 @@ MUXPROXY_BYPASS=1 in the environment goes without it.`,
 		newDemo(a), newConfig(a), newExplain(a), newLock(a), newUnlock(a), newPlugin(a), newPending(a), newAllow(a), newDeny(a),
 		newSetup(a), newDoctor(a),
 	)
+	root.AddCommand(newTopics()...)
+	root.AddCommand(newManual(a))
 	return root
+}
+
+// usage is what a command does that needs another word behind it.
+func (a *app) usage(cmd *cobra.Command) error {
+	cmd.SetOut(a.stderr)
+	_ = cmd.Usage() // writes to stderr, the last thing that can be tried
+	return &statusError{status: exitUsage}
+}
+
+// commandNames are the words that can follow a command's own.
+func commandNames(cmd *cobra.Command) []string {
+	var names []string
+	for _, c := range cmd.Commands() {
+		if c.IsAvailableCommand() || c.Name() == "help" {
+			names = append(names, c.Name())
+		}
+	}
+	return names
+}
+
+// didYouMean adds the word that was meant, if there is one that is like it or begins with it.
+func didYouMean(err error, word string, names []string) error {
+	near := policy.Near(word, names)
+	if near == "" {
+		for _, name := range names {
+			if word != "" && strings.HasPrefix(name, word) {
+				near = name
+				break
+			}
+		}
+	}
+	if near == "" {
+		return err
+	}
+	return fmt.Errorf("%w; did you mean %q?", err, near)
 }
 
 // connect returns the master that runs for this user; the caller calls Disconnect. The error wraps bridge.ErrNoMaster if

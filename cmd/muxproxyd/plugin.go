@@ -25,8 +25,11 @@ func newPlugin(a *app) *cobra.Command {
 		Use:   "plugin",
 		Short: "list and check plugins",
 		Long: `Plugins judge uses, keep connections, observe, and bring commands of their own.
-They are programs in any language; docs/plugins.md says how to write one.`,
+They are programs in any language; docs/plugins.md, which is muxproxy-plugin(7),
+says how to write one.`,
 		Example: "  muxproxy plugin list\n  muxproxy plugin check ~/bin/muxproxy-plugin-mine",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.usage(cmd) },
 	}
 	var o plugintest.Options
 	var verbose bool
@@ -38,7 +41,8 @@ plugin, with a master that is made up. No policy is read and no master need run.
 The exit status is 0 if everything is as it should be, and 1 if not.`,
 		Example: `  muxproxy plugin check ~/bin/muxproxy-plugin-mine
   muxproxy plugin check --host-block '{"from":"08:00"}' ./mine`,
-		Args: cobra.MinimumNArgs(1),
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path, err := filepath.Abs(args[0])
 			if err != nil {
@@ -184,11 +188,12 @@ func runPending(ctx context.Context, a *app, asJSON bool) error {
 
 func newAllow(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use:     "allow ID",
-		Short:   "answer yes to what waits for a person",
-		Long:    `Allows a use that a plugin is asking a person about; see "muxproxy pending".`,
-		Example: "  muxproxy allow f3k2ab4c",
-		Args:    cobra.ExactArgs(1),
+		Use:               "allow ID",
+		Short:             "answer yes to what waits for a person",
+		Long:              `Allows a use that a plugin is asking a person about; see "muxproxy pending".`,
+		Example:           "  muxproxy allow f3k2ab4c",
+		ValidArgsFunction: a.completePending,
+		Args:              cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withMaster(cmd.Context(), func(m *control.Master) error { return m.Decide(cmd.Context(), args[0], true, "") })
 		},
@@ -197,11 +202,12 @@ func newAllow(a *app) *cobra.Command {
 
 func newDeny(a *app) *cobra.Command {
 	return &cobra.Command{
-		Use:     "deny ID [REASON...]",
-		Short:   "answer no to what waits for a person",
-		Long:    `Denies a use that a plugin is asking a person about; see "muxproxy pending".`,
-		Example: "  muxproxy deny f3k2ab4c not today",
-		Args:    cobra.MinimumNArgs(1),
+		Use:               "deny ID [REASON...]",
+		Short:             "answer no to what waits for a person",
+		Long:              `Denies a use that a plugin is asking a person about; see "muxproxy pending".`,
+		Example:           "  muxproxy deny f3k2ab4c not today",
+		ValidArgsFunction: a.completePending,
+		Args:              cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withMaster(cmd.Context(), func(m *control.Master) error {
 				return m.Decide(cmd.Context(), args[0], false, strings.Join(args[1:], " "))
@@ -210,19 +216,28 @@ func newDeny(a *app) *cobra.Command {
 	}
 }
 
-// runVerb runs a command that a plugin brings, if one does.
+// runVerb runs a command that a plugin brings, if one does. A built-in plugin that does not run is named, for it could.
 func runVerb(ctx context.Context, a *app, name string, args []string) (found bool, err error) {
-	m, err := a.connect(ctx)
-	if err != nil {
-		return false, nil // without a master there is no such command
+	builtIn := false
+	if construct := builtIns[name]; construct != nil {
+		_, builtIn = construct().(plugin.Commander)
 	}
-	defer m.Disconnect()
-	status, err := m.RunPlugin(ctx, name, args, a.stdout, a.stderr)
+	connected := false
+	err = a.withMaster(ctx, func(m *control.Master) error {
+		connected = true
+		status, err := m.RunPlugin(ctx, name, args, a.stdout, a.stderr)
+		if err == nil && status != exitYes {
+			err = &statusError{status: status}
+		}
+		return err
+	})
 	switch {
+	case !connected:
+		return builtIn, err // without a master there is no command of another plugin
+	case errors.Is(err, control.ErrNoCommand) && builtIn:
+		return true, no("the plugin %s does not run: no host block of the policy has %s { ... }, or `muxproxy plugin list` says why", name, name)
 	case errors.Is(err, control.ErrNoCommand):
 		return false, nil
-	case err == nil && status != exitYes:
-		err = &statusError{status: status}
 	}
 	return true, err
 }

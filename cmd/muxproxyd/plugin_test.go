@@ -68,7 +68,7 @@ func TestPluginCommands(t *testing.T) {
 	m := &pluginMaster{
 		fakeMaster: &fakeMaster{},
 		plugins: []control.Plugin{
-			{Name: "confirm", Version: "1.2", State: "up", PID: 12, Hooks: []string{"authorize", "command"}, May: []string{"decide", "keep"}},
+			{Name: "confirm", Version: "1.2", State: "up", PID: 12, Verbs: []control.Verb{{Usage: "grants [--json]", Doc: "list"}}, Hooks: []string{"authorize", "command"}, May: []string{"decide", "keep"}},
 			{Name: "mine", State: "failed", Path: "/x\xff", Error: "it crashed: exit status 3"},
 		},
 		pending: []control.Pending{
@@ -99,7 +99,7 @@ func TestPluginCommands(t *testing.T) {
 		{"allow", 2, "", "muxproxy: accepts 1 arg(s), received 0; see `muxproxy allow --help`\n", ""},
 		{"confirm grants --json -x", 7, `["grants" "--json" "-x"]`, "oh", ""},
 		{"broken", 255, "", "muxproxy: the plugin broken: it has ended\n", ""},
-		{"conform x", 2, "", "muxproxy: unknown command \"conform\"; see `muxproxy --help`\n", ""},
+		{"conform x", 2, "", "muxproxy: unknown command \"conform\"; did you mean \"confirm\"?; see `muxproxy help`\n", ""},
 	} {
 		t.Run(c.args, func(t *testing.T) {
 			status, stdout, stderr := w.run(strings.Fields(c.args)...)
@@ -132,7 +132,10 @@ func TestNoPlugins(t *testing.T) {
 			t.Errorf("%q: status %d, %q, %q", args, status, stdout, stderr)
 		}
 	}
-	if status, _, stderr := w.run("confirm"); status != exitUsage || !strings.Contains(stderr, "unknown command") {
+	if status, _, stderr := w.run("judge"); status != exitUsage || !strings.Contains(stderr, "unknown command") {
+		t.Errorf("status %d, %q", status, stderr)
+	}
+	if status, _, stderr := w.run("forward", "list"); status != exitNo || !strings.Contains(stderr, "the plugin forward does not run: no host block of the policy has forward { ... }") {
 		t.Errorf("status %d, %q", status, stderr)
 	}
 }

@@ -68,6 +68,8 @@ put there.
 	cmd.Flags().BoolVar(&f.undo, "undo", false, "take away what setup and the master have made")
 	cmd.Flags().BoolVarP(&f.yes, "yes", "y", false, "don't ask")
 	cmd.Flags().StringVarP(&f.config, "ssh-config", "F", "", "the `FILE` for ssh -F, instead of ~/.ssh/config")
+	completeFlag(cmd, "host", a.completePattern)
+	completeFlag(cmd, "ssh-config", cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault))
 	return cmd
 }
 

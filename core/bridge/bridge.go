@@ -69,7 +69,7 @@ func Run(args []string, std Std, getenv func(string) string) int {
 		fmt.Fprintf(std.Err, "muxproxy: %s\nTry 'muxproxy --help'.\n", wire.Printable(err.Error()))
 		return exitUsage
 	case cl.help:
-		io.WriteString(std.Out, usage)
+		io.WriteString(std.Out, Usage)
 		return exitOK
 	case cl.command:
 		err := execMaster(args)

@@ -11,7 +11,8 @@ import (
 	"github.com/muxproxy/muxproxy/core/wire"
 )
 
-const usage = `usage: muxproxy [-F FILE] [-i FILE] [-o OPTION] [--fdpass] USER@HOST:PORT [ALIAS]
+// Usage is what `muxproxy --help` prints.
+const Usage = `usage: muxproxy [-F FILE] [-i FILE] [-o OPTION] [--fdpass] USER@HOST:PORT [ALIAS]
        muxproxy COMMAND [ARGUMENT...]
 
 ssh starts the first form, as the lines say that 'muxproxy setup' writes for ~/.ssh/config:

@@ -9,6 +9,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/rs/zerolog"
+
+	"github.com/muxproxy/muxproxy/core/pluginhost"
 	"github.com/muxproxy/muxproxy/core/policy"
 	"github.com/muxproxy/muxproxy/core/use"
 )
@@ -24,9 +27,19 @@ func newGate(t testing.TB, audit *use.Audit, text string) (use.Gate, *use.Lock) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &policies{}
-	p.now.Store(s)
-	return lock.NewGate(audit, nil, use.ByPolicy(p.lookup)), lock
+	return lock.NewGate(audit, nil, inForce(t, s).Check), lock
+}
+
+// inForce has a policy without plugins in force.
+func inForce(t testing.TB, s *policy.Snapshot) *pluginhost.Manager {
+	t.Helper()
+	m := pluginhost.New(pluginhost.Options{Log: zerolog.Nop()})
+	set, problems := m.Prepare(t.Context(), nil)
+	problems = append(problems, set.Apply(t.Context(), nil, lookup{s, 1}, nil, true, nil)...)
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	return m
 }
 
 // Every kind of use meets deny blocks in each place, an error, and the lock, and each decision is in the audit log.
@@ -180,9 +193,7 @@ func BenchmarkGate(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	p := &policies{}
-	p.now.Store(s)
-	g := lock.NewGate(audit, nil, use.ByPolicy(p.lookup))
+	g := lock.NewGate(audit, nil, inForce(b, s).Check)
 	u := use.Use{Kind: use.Exec, Command: "git-upload-pack '/srv/x.git'", Target: use.Target{User: "me", Host: "db.example.com", Port: 22}}
 	b.ReportAllocs()
 	for b.Loop() {

@@ -12,10 +12,20 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// The test binary plays the built-in plugin.
+func TestMain(m *testing.M) {
+	if os.Getenv(plugin.CookieKey) != "" {
+		if len(os.Args) == 3 && os.Args[1] == "plugin" && os.Args[2] == "small" {
+			plugin.Serve(small{})
+		}
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/muxproxy/muxproxy/core/plugin/pluginrun.init.func1.1"))
+}
 
 const patience = 20 * time.Second
 

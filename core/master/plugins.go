@@ -26,8 +26,8 @@ import (
 const (
 	// prepareTime bounds the start of the plugins that a policy mentions.
 	prepareTime = 20 * time.Second
-	// firstTime does before the master is ready: a bridge waits 10 s for that.
-	firstTime = 5 * time.Second
+	// firstTime does before the master is ready, and then their configuration: a bridge waits 10 s for all of it.
+	firstTime = 4 * time.Second
 	// Plugins that could not be started then are tried again after retryTime, and each time after twice as long.
 	retryTime = 500 * time.Millisecond
 	retryMost = time.Minute
@@ -61,17 +61,12 @@ func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (p
 	s := p.snapshot
 	m.policy.generation++
 	l := lookup{s, m.policy.generation}
-	var blocks []pluginhost.Block
-	for _, plugin := range s.Plugins() {
-		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
-		for _, b := range s.Blocks(plugin.Name) {
-			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Pos: b.Pos, Value: b.Value})
-		}
-	}
+	configuring, cancel := context.WithTimeout(ctx, within) // of its own: one that did not start has taken all of the other
+	defer cancel()
 	if first { // a configured plugin may act at once
 		m.policy.now.Store(s)
 	}
-	problems := p.set.Apply(starting, blocks, l, p.specs, first, func() { m.policy.now.Store(s) })
+	problems := p.set.Apply(configuring, l.blocks(), l, p.specs, first, func() { m.policy.now.Store(s) })
 	p.diags = append(p.diags, placed(s, problems, l.number)...)
 	p.diags.Sort()
 	if slices.ContainsFunc(problems, func(p pluginhost.Problem) bool { return !p.Warning && !(first && p.Broken) }) {
@@ -88,14 +83,17 @@ func (m *Master) put(ctx context.Context, draft *policy.Snapshot, first bool) (p
 	return p.diags, nil
 }
 
-// complete starts the plugins of the policy in force that could not be started with the master. It reports whether there
-// is nothing left to do.
+// complete starts the plugins of the policy in force that could not be started with the master, unless a reload comes. It
+// reports whether there is nothing left to do.
 func (m *Master) complete(ctx context.Context) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	m.policy.trying.Store(&cancel)
 	select {
 	case m.policy.loading <- struct{}{}:
 		defer func() { <-m.policy.loading }()
 	case <-ctx.Done():
-		return true
+		return false
 	}
 	if !m.policy.incomplete.Load() {
 		return true // a reload has
@@ -156,7 +154,7 @@ func preparePlugins(ctx context.Context, m *pluginhost.Manager, draft *policy.Sn
 }
 
 // CheckPolicy reads a policy file as a master would: the plugins that it mentions are started, asked what their blocks may
-// hold, and ended. scratch is a new directory for their sockets. The snapshot is nil if there are errors.
+// hold and what is wrong with them, and ended. scratch is a new directory for their sockets. The snapshot is nil if there are errors.
 func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch string) (*policy.Snapshot, policy.Diagnostics) {
 	m := pluginhost.New(pluginhost.Options{
 		Dir: func() string { return scratch }, State: scratch, Env: pluginhost.Environment(o.Getenv), Log: o.Log,
@@ -165,6 +163,11 @@ func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch
 	ctx, cancel := context.WithTimeout(ctx, prepareTime)
 	defer cancel()
 	p := preparePlugins(ctx, m, draft, o.BuiltIn, pluginDirs(o.Dirs))
+	if p.snapshot != nil {
+		l := lookup{s: p.snapshot}
+		p.diags = append(p.diags, placed(l.s, p.set.Check(ctx, l.blocks()), l.number)...)
+		p.diags.Sort()
+	}
 	p.set.Discard()
 	if p.diags.HasErrors() {
 		p.snapshot = nil
@@ -242,6 +245,17 @@ func policyBlock(s *pluginhost.Schema, labels []string) policy.Block {
 type lookup struct {
 	s          *policy.Snapshot
 	generation uint64
+}
+
+// blocks are what the plugins are configured with.
+func (l lookup) blocks() (blocks []pluginhost.Block) {
+	for _, plugin := range l.s.Plugins() {
+		blocks = append(blocks, pluginhost.Block{Plugin: plugin.Name, Value: plugin.Value})
+		for _, b := range l.s.Blocks(plugin.Name) {
+			blocks = append(blocks, pluginhost.Block{ID: l.id(b.ID), Plugin: b.Plugin, Hosts: b.Hosts, Pos: b.Pos, Value: b.Value})
+		}
+	}
+	return blocks
 }
 
 func (l lookup) id(number int) string { return fmt.Sprintf("%d.%d", l.generation, number) }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -40,7 +41,8 @@ type policies struct {
 	opened  chan struct{}                   // one token: the lock has changed
 	// generation counts the policies that were given to plugins; whoever holds loading may use it.
 	generation uint64
-	incomplete atomic.Bool // a plugin of the policy in force was never started
+	incomplete atomic.Bool                        // a plugin of the policy in force was never started
+	trying     atomic.Pointer[context.CancelFunc] // ends the last try to start those; nil: there was none
 }
 
 func (p *policies) init(getenv func(string) string, configDir string) {
@@ -59,7 +61,7 @@ func poke(c chan struct{}) {
 	}
 }
 
-// lookup is the policy in force, for the gate.
+// lookup is the policy in force.
 func (p *policies) lookup() use.Lookup { return p.now.Load() }
 
 // read reads the file. The snapshot is nil if there are errors.
@@ -120,6 +122,9 @@ func (m *Master) Reload(ctx context.Context, by use.Caller, color bool) (control
 
 // reload puts the file's policy in force. Without an error the diagnostics are warnings.
 func (m *Master) reload(ctx context.Context) (policy.Diagnostics, error) {
+	if cancel := m.policy.trying.Load(); cancel != nil {
+		(*cancel)() // a plugin that does not answer would keep this one waiting
+	}
 	select {
 	case m.policy.loading <- struct{}{}:
 		defer func() { <-m.policy.loading }()
@@ -148,6 +153,9 @@ func (m *Master) watchPolicy(ctx context.Context) {
 	}
 	var retry <-chan time.Time
 	pause := retryTime
+	tried := make(chan bool, 1)
+	var trying sync.WaitGroup
+	defer trying.Wait()
 	if m.policy.incomplete.Load() {
 		retry = time.After(pause)
 	}
@@ -180,7 +188,10 @@ func (m *Master) watchPolicy(ctx context.Context) {
 				reload("SIGHUP")
 			}
 		case <-retry:
-			if retry = nil; !m.complete(ctx) {
+			retry = nil
+			trying.Go(func() { tried <- m.complete(ctx) })
+		case complete := <-tried:
+			if !complete {
 				pause = min(2*pause, retryMost)
 				retry = time.After(pause)
 			}

@@ -19,5 +19,8 @@ func usableRuntime(string) bool { return false }
 
 func checkHome(string) error { return nil }
 
+// CheckFile reports why others could change a file. On Windows that can't be told: see CheckDir.
+func CheckFile(path string) error { return CheckDir(path) }
+
 // ReadTrusted reads a file that others must not be able to change. On Windows that can't be told: see CheckDir.
 func ReadTrusted(path string, _ int64) ([]byte, error) { return nil, CheckDir(path) }

@@ -32,6 +32,13 @@ type Plugin interface {
 	Configure(ctx context.Context, c *Config) Diagnostics
 }
 
+// Checker looks at a configuration without taking it. Without it `muxproxy config check` finds only what the schema and the
+// types of Info's structs tell, and the rest is found when the policy comes into force.
+type Checker interface {
+	// Check returns what Configure would, and does nothing else.
+	Check(ctx context.Context, c *Config) Diagnostics
+}
+
 // Authorizer judges uses before they happen.
 type Authorizer interface {
 	// Authorize decides within 2 s, or calls r.Waiting within 2 s and decides when the person has. It returns soon after

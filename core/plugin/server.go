@@ -57,9 +57,30 @@ func (s *server) Describe(context.Context, *pluginpb.DescribeRequest) (*pluginpb
 func (s *server) Configure(ctx context.Context, r *pluginpb.ConfigureRequest) (*pluginpb.ConfigureResponse, error) {
 	s.configuring.Lock()
 	defer s.configuring.Unlock()
-	c := &Config{Host: s.host, Log: s.log}
-	blocks := map[string]Block{}
-	var ds Diagnostics
+	c, blocks, ds := s.read(r)
+	if !ds.HasErrors() {
+		ds = append(ds, s.p.Configure(ctx, c)...)
+	}
+	if !ds.HasErrors() {
+		s.mu.Lock()
+		s.blocks, s.before = blocks, s.blocks
+		s.mu.Unlock()
+	}
+	return &pluginpb.ConfigureResponse{Diagnostics: diagnosticsToPB(ds)}, nil
+}
+
+func (s *server) Check(ctx context.Context, r *pluginpb.ConfigureRequest) (*pluginpb.ConfigureResponse, error) {
+	c, _, ds := s.read(r)
+	if p, ok := s.p.(Checker); ok && !ds.HasErrors() {
+		ds = append(ds, p.Check(ctx, c)...)
+	}
+	return &pluginpb.ConfigureResponse{Diagnostics: diagnosticsToPB(ds)}, nil
+}
+
+// read reads a configuration, and the host blocks by id.
+func (s *server) read(r *pluginpb.ConfigureRequest) (c *Config, blocks map[string]Block, ds Diagnostics) {
+	c = &Config{Host: s.host, Log: s.log}
+	blocks = map[string]Block{}
 	for _, b := range r.GetBlocks() {
 		like := s.info.Host
 		if b.GetKind() == pluginpb.Block_KIND_PLUGIN {
@@ -78,15 +99,7 @@ func (s *server) Configure(ctx context.Context, r *pluginpb.ConfigureRequest) (*
 			c.Hosts = append(c.Hosts, block)
 		}
 	}
-	if !ds.HasErrors() {
-		ds = append(ds, s.p.Configure(ctx, c)...)
-	}
-	if !ds.HasErrors() {
-		s.mu.Lock()
-		s.blocks, s.before = blocks, s.blocks
-		s.mu.Unlock()
-	}
-	return &pluginpb.ConfigureResponse{Diagnostics: diagnosticsToPB(ds)}, nil
+	return c, blocks, ds
 }
 
 func (s *server) block(id string) (Block, error) {

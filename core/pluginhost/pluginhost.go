@@ -251,19 +251,7 @@ func (s *Set) Discard() {
 // discarded; unless first says that there is nothing to go back to: then plugins that are broken count as failed. InForce is
 // called next.
 func (s *Set) Apply(ctx context.Context, blocks []Block, lookup Lookup, specs []Plugin, first bool, inForce func()) []Problem {
-	results := make([][]Problem, len(s.plugins))
-	var configuring sync.WaitGroup
-	for i, p := range s.plugins {
-		var own []Block
-		for _, b := range blocks {
-			if b.Plugin == p.spec.Name {
-				own = append(own, b)
-			}
-		}
-		configuring.Go(func() { results[i] = p.configure(ctx, own) })
-	}
-	configuring.Wait()
-	problems := slices.Concat(results...)
+	problems := s.each(blocks, func(p *supervised, own []Block) []Problem { return p.configure(ctx, own) })
 	bad := slices.ContainsFunc(problems, func(p Problem) bool { return !p.Warning && !(first && p.Broken) })
 	old := s.m.set()
 	if bad {
@@ -309,6 +297,28 @@ func (m *Manager) InForce() {
 	for _, p := range m.set().plugins {
 		p.tellPolicy()
 	}
+}
+
+// Check asks the plugins what is wrong with their blocks, and changes nothing.
+func (s *Set) Check(ctx context.Context, blocks []Block) []Problem {
+	return s.each(blocks, func(p *supervised, own []Block) []Problem { return p.check(ctx, own) })
+}
+
+// each has all plugins do something with their blocks, at once, and returns the problems in the plugins' order.
+func (s *Set) each(blocks []Block, do func(p *supervised, own []Block) []Problem) []Problem {
+	results := make([][]Problem, len(s.plugins))
+	var doing sync.WaitGroup
+	for i, p := range s.plugins {
+		var own []Block
+		for _, b := range blocks {
+			if b.Plugin == p.spec.Name {
+				own = append(own, b)
+			}
+		}
+		doing.Go(func() { results[i] = do(p, own) })
+	}
+	doing.Wait()
+	return slices.Concat(results...)
 }
 
 // stopAll ends plugins that are not also in keep.

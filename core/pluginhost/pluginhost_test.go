@@ -343,8 +343,32 @@ func TestWaiting(t *testing.T) {
 		}
 		w.waitLog(fmt.Sprintf(`observed {\"allowed\":%v,\"dropped\":0,\"event\":\"answered%s\"`, allow, p.ID))
 	}
+	// Every kind of use waits.
+	for _, kind := range use.Kinds() {
+		done := make(chan *use.Denied, 1)
+		go func() {
+			done <- w.m.Check(t.Context(), use.Use{Kind: kind, Target: target("h"), Name: "forward add"}, nil)
+		}()
+		var list []Pending
+		for len(list) == 0 {
+			list = w.m.Pending()
+			time.Sleep(time.Millisecond) // polling: no event for a question that is said to nobody
+		}
+		if err := w.m.Decide(list[0].ID, false, "no"); err != nil {
+			t.Fatal(err)
+		}
+		if d := <-done; d == nil || d.Error() != "denied by ask: no" {
+			t.Errorf("%s: %v", kind, d)
+		}
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	p, done := begin(ctx, "closed")
+	if err := w.m.decideOwn("ask2", p.ID, nil); !errors.Is(err, ErrNotPending) {
+		t.Errorf("decided by another plugin: %v", err)
+	}
+	if _, err := w.m.askOwn(ctx, "ask2", p.ID, "really?"); !errors.Is(err, ErrNotPending) {
+		t.Errorf("asked by another plugin: %v", err)
+	}
 	if err := w.m.Decide(p.ID, true, ""); err == nil || !strings.Contains(err.Error(), "touch the key") {
 		t.Errorf("answered what only the plugin can: %v", err)
 	}
@@ -465,6 +489,7 @@ func TestObserve(t *testing.T) {
 	w.m.Observe(event("first", "h"))
 	w.m.Observe(Event{Time: time.Now(), Kind: "up", Connection: Connection{ID: 1, Target: target("h")}})
 	w.m.Observe(event("hidden", "foreign"))
+	w.m.Observe(Event{Time: time.Now(), Kind: "hidden-up", Connection: Connection{ID: 2, Target: target("foreign"), Up: true}})
 	w.m.Observe(Event{Time: time.Now(), Kind: "locked"}) // of no host: for all
 	w.m.Observe(event("last", "h"))
 	w.waitLog(`observed {\"allowed\":true,\"dropped\":0,\"event\":\"last\",\"host\":\"h\"}`)
@@ -578,6 +603,9 @@ func (b *fakeBackend) Dial(_ context.Context, by Actor, d Dial) (Stream, error) 
 	b.ends = append(b.ends, far)
 	gone := b.gone
 	b.mu.Unlock()
+	if d.Address == "cut:1" {
+		return &cutOff{Stream: near}, nil
+	}
 	go func() {
 		io.Copy(struct{ io.Writer }{far}, struct{ io.Reader }{far})
 		far.Close()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -330,5 +331,60 @@ func TestRetainBesideOneThatIsAway(t *testing.T) {
 	}
 	if until := w.m.Retain(t.Context(), conn(1, "h")); until.Unix() != 2_000_000_000 {
 		t.Errorf("kept until %v", until)
+	}
+}
+
+// cutOff is a stream whose connection is lost once it has answered.
+type cutOff struct{ Stream }
+
+func (s *cutOff) Read(b []byte) (int, error) { return copy(b, "half"), io.ErrUnexpectedEOF }
+
+// What was cut off does not look complete, where a socket can say so.
+func TestACutStreamIsReset(t *testing.T) {
+	w := newWorld(t, Timing{})
+	s := spec(t, "a", "")
+	s.May = []string{"dial"}
+	w.run([]Plugin{s}, block("a", "h", "allow"))
+	if status, out := w.command("a", "handover", "1", "echo:1"); status != 0 || !strings.HasPrefix(out, "open: first second") {
+		t.Errorf("whole: %d, %q", status, out)
+	}
+	if status, out := w.command("a", "handover", "1", "cut:1"); status != 255 || !strings.Contains(out, "connection reset by peer") {
+		t.Errorf("cut off: %d, %q", status, out)
+	}
+}
+
+// A process that was sent another configuration while it got the one in force is not asked: it may have either.
+func TestConfiguredTwice(t *testing.T) {
+	w := newWorld(t, Timing{})
+	w.run([]Plugin{spec(t, "a", "")}, block("a", "h", "allow"))
+	p := w.m.set().find("a")
+	was, _ := p.up()
+	p.mu.Lock()
+	p.next = p.blocks
+	p.mu.Unlock()
+	was.Kill()
+	w.waitLog("its configuration changed while it was started")
+	if p.isUp() {
+		t.Error("it is asked all the same")
+	}
+	p.mu.Lock()
+	p.next = nil
+	p.mu.Unlock()
+	w.upAgain("a", was)
+}
+
+// A plugin that has got the next policy already and forgotten this one has not failed: what it should have judged is denied
+// also where its failures count for nothing.
+func TestAForgottenBlockDenies(t *testing.T) {
+	w := newWorld(t, Timing{})
+	s := spec(t, "a", "")
+	s.AllowOnFailure = true
+	w.run([]Plugin{s}, block("a", "h", "none"))
+	if d := w.check(use.Exec, "h"); d != nil {
+		t.Errorf("a failure: %v", d)
+	}
+	w.replace([]Plugin{s}, hosts{"a/forgotten": true})
+	if d := w.check(use.Exec, "forgotten"); d == nil || !strings.Contains(d.Error(), "it does not know its block") {
+		t.Errorf("a block that it does not know: %v", d)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/muxproxy/muxproxy/core/buffer"
@@ -259,6 +260,7 @@ func (s *streams) serve(c *net.UnixConn) {
 			return
 		}
 		defer s.untrack(socket)
+		socket.Whole(false)
 		local = socket
 		defer n.Tell(c)()
 	}
@@ -269,7 +271,9 @@ func (s *streams) serve(c *net.UnixConn) {
 			return
 		}
 	}
-	join(local, t.stream, &n)
+	if join(local, t.stream, &n) && socket != nil {
+		socket.Whole(true)
+	}
 }
 
 // duplex is a stream that can be closed for writing.
@@ -278,14 +282,13 @@ type duplex interface {
 	CloseWrite() error
 }
 
-// join copies both ways until both have ended, or one has failed.
-func join(local duplex, remote Stream, n *pluginrun.Counts) {
+// join copies both ways until both have ended, or one has failed; then it returns false.
+func join(local duplex, remote Stream, n *pluginrun.Counts) bool {
 	var copying sync.WaitGroup
+	var failed atomic.Bool
 	one := func(to, from duplex, count func(int)) {
 		if err := pump(to, from, count); err != nil {
-			if s, ok := local.(*pluginrun.Socket); ok {
-				s.Cut()
-			}
+			failed.Store(true)
 			local.Close()
 			remote.Close()
 			return
@@ -295,6 +298,7 @@ func join(local duplex, remote Stream, n *pluginrun.Counts) {
 	copying.Go(func() { one(remote, local, n.In) })
 	copying.Go(func() { one(local, remote, n.Out) })
 	copying.Wait()
+	return !failed.Load()
 }
 
 // pump copies one way until from ends.

@@ -16,8 +16,11 @@ import (
 
 	"github.com/rs/zerolog"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
@@ -161,10 +164,7 @@ func checkFile(p Plugin) (fs.FileInfo, error) {
 		}
 		return nil, fmt.Errorf("%s: %w", p.Path, err)
 	}
-	if !fi.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a file", p.Path)
-	}
-	if err := onlyMine(p.Path, fi); err != nil {
+	if err := paths.CheckFile(p.Path); err != nil {
 		return nil, err
 	}
 	if p.SHA256 == "" {
@@ -264,9 +264,10 @@ func (s *supervised) again() error {
 		if ds, err = s.send(s.ctx, inst, blocks); err == nil {
 			if i := slices.IndexFunc(ds, isError); i >= 0 {
 				err = fmt.Errorf("it does not take its configuration any more: %s", ds[i].GetSummary())
-			} else {
-				s.setReady(inst)
+			} else if s.setReadyAlone(inst) {
 				s.tellPolicy()
+			} else {
+				err = errors.New("its configuration changed while it was started")
 			}
 		}
 	}
@@ -299,6 +300,34 @@ func (s *supervised) send(ctx context.Context, inst *instance, blocks []*pluginp
 		return nil, fmt.Errorf("it can't be configured: %w", pluginrun.CallError(err))
 	}
 	return r.GetDiagnostics(), nil
+}
+
+// check asks for the problems of a configuration that is not to be taken. A plugin that can't say finds none.
+func (s *supervised) check(ctx context.Context, blocks []Block) []Problem {
+	s.mu.Lock()
+	inst, desc := s.inst, s.desc
+	s.mu.Unlock()
+	if desc == nil || inst == nil {
+		return nil // its problem was told
+	}
+	next, err := blocksToPB(desc, blocks)
+	if err != nil {
+		return []Problem{s.broken(err)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, pluginrun.CallTime)
+	defer cancel()
+	r, err := inst.Client.Check(ctx, &pluginpb.ConfigureRequest{Blocks: next})
+	if status.Code(err) == codes.Unimplemented {
+		return nil
+	}
+	if err != nil {
+		return []Problem{s.broken(fmt.Errorf("its configuration can't be checked: %w", pluginrun.CallError(err)))}
+	}
+	var out []Problem
+	for _, d := range r.GetDiagnostics() {
+		out = append(out, s.diagnosed(d))
+	}
+	return out
 }
 
 func isError(d *pluginpb.Diagnostic) bool {
@@ -399,6 +428,18 @@ func (s *supervised) setReady(inst *instance) {
 	if observes {
 		s.running.Go(func() { s.events.deliver(s.ctx, inst, s.log) })
 	}
+}
+
+// setReadyAlone is setReady for a process that has got the configuration in force, unless another one was sent to it
+// meanwhile: which of the two came last can't be told.
+func (s *supervised) setReadyAlone(inst *instance) bool {
+	s.mu.Lock()
+	mixed := s.next != nil || s.took == inst
+	s.mu.Unlock()
+	if !mixed {
+		s.setReady(inst)
+	}
+	return !mixed
 }
 
 // up returns the process if it can be asked, else why not.

@@ -9,11 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/muxproxy/muxproxy/core/paths"
 )
 
 // sessionOf returns the session of a process.
@@ -22,17 +19,6 @@ func sessionOf(pid int) (int, error) {
 		return 0, unix.ESRCH
 	}
 	return unix.Getsid(pid)
-}
-
-// onlyMine reports whether nobody but this user and root can change a file.
-func onlyMine(path string, fi fs.FileInfo) error {
-	if st, ok := fi.Sys().(*syscall.Stat_t); !ok || !paths.Trusted(int(st.Uid)) {
-		return fmt.Errorf("%s belongs to another user", path)
-	}
-	if fi.Mode().Perm()&0o022 != 0 {
-		return fmt.Errorf("%s can be changed by others (mode %04o): chmod go-w %s", path, fi.Mode().Perm(), path)
-	}
-	return nil
 }
 
 // shortDir is a directory with a short path for a runtime directory with a long one, the same each time.

@@ -53,6 +53,16 @@ func TestBroken(t *testing.T) {
 	if err := os.Chmod(open, 0o777); err != nil {
 		t.Fatal(err)
 	}
+	anybodys := filepath.Join(t.TempDir(), "anybodys", "plugin")
+	if err := os.Mkdir(filepath.Dir(anybodys), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(anybodys, exe, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Dir(anybodys), 0o777); err != nil {
+		t.Fatal(err)
+	}
 	cases := []struct {
 		mode, path, sha256 string
 		want               string
@@ -65,8 +75,9 @@ func TestBroken(t *testing.T) {
 		{mode: "elsewhere", want: "not in the directory it was given"},
 		{mode: "bad-schema", want: `host block: "Not A Name" can't be a name`},
 		{path: "/nowhere/plugin", want: "/nowhere/plugin: no such file or directory"},
-		{path: "/", want: "/ is not a file"},
-		{path: open, want: "can be changed by others (mode 0777): chmod go-w"},
+		{path: "/", want: "/ is not a regular file"},
+		{path: open, want: "is writable by others (mode 0777): chmod go-w"},
+		{path: anybodys, want: "is writable by everybody: chmod o-w"},
 		{path: script, want: "exec format error"},
 		{sha256: strings.Repeat("0", 64), want: "policy says " + strings.Repeat("0", 64)},
 		{mode: "misnamed", want: "calls itself"},

@@ -21,7 +21,7 @@ var _ use.Lookup = (*Snapshot)(nil)
 
 var target = use.Target{User: "me", Host: "db.prod.example.com", Port: 22, Alias: "db"}
 
-func check(s *Snapshot) use.Check { return use.ByPolicy(func() use.Lookup { return s }) }
+func check(s *Snapshot, u use.Use) *use.Denied { return s.For(u.Target, u.Caller).Deny(u) }
 
 // Every kind of use is denied by a deny block about it, wherever it stands, and by no other.
 func TestDenyEveryKind(t *testing.T) {
@@ -40,7 +40,7 @@ func TestDenyEveryKind(t *testing.T) {
 			"without when": {"host \"*\" {\n" + another + "deny {}\n}", 5},
 		} {
 			s := load(t, c.src)
-			d := check(s)(t.Context(), use.Use{Kind: kind, Target: target}, nil)
+			d := check(s, use.Use{Kind: kind, Target: target})
 			switch {
 			case c.line == 0 && d != nil:
 				t.Errorf("%s, %s: %v", kind, name, d)
@@ -157,9 +157,6 @@ func TestErrorsDeny(t *testing.T) {
 	s = load(t, "host \"*\" {\nconfirm {\nwhen = client.args[7] == \"x\"\n}\nconfirm {}\n}")
 	if id, d := s.For(target, use.Caller{}).Block("confirm", u); d == nil || id != -1 || !strings.Contains(d.Reason, "config.hcl:2") {
 		t.Error(id, d)
-	}
-	if d := use.ByPolicy(func() use.Lookup { return nil })(t.Context(), u, nil); d == nil {
-		t.Error("no policy, no denial")
 	}
 }
 
@@ -586,7 +583,7 @@ func TestExplain(t *testing.T) {
 	// It says what the gate does.
 	for _, kind := range use.Kinds() {
 		u := use.Use{Kind: kind, Target: target}
-		if x := s.Explain(u); x.Allowed != (check(s)(t.Context(), u, nil) == nil) {
+		if x := s.Explain(u); x.Allowed != (check(s, u) == nil) {
 			t.Error(kind, x)
 		}
 	}
@@ -632,11 +629,10 @@ func plainHosts(t testing.TB) use.Lookup {
 // A use of a host without conditions and plugin blocks.
 func BenchmarkPlainHost(b *testing.B) {
 	lookup := plainHosts(b)
-	check := use.ByPolicy(func() use.Lookup { return lookup })
 	u := use.Use{Kind: use.Exec, Command: "scp -t x", Target: target}
 	b.ReportAllocs()
 	for b.Loop() {
-		if d := check(b.Context(), u, nil); d != nil {
+		if d := lookup.For(u.Target, u.Caller).Deny(u); d != nil {
 			b.Fatal(d)
 		}
 	}
@@ -648,7 +644,7 @@ func BenchmarkCondition(b *testing.B) {
 	u := use.Use{Kind: use.Exec, Command: "scp -t x", Target: target}
 	b.ReportAllocs()
 	for b.Loop() {
-		if d := check(s)(b.Context(), u, nil); d != nil {
+		if d := check(s, u); d != nil {
 			b.Fatal(d)
 		}
 	}

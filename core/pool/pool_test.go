@@ -767,6 +767,11 @@ func TestAttach(t *testing.T) {
 	if n := len(p.List()); n != 1 {
 		t.Errorf("%d upstreams while one is held", n)
 	}
+	p.Drain(func(ConnInfo) bool { return true })
+	if third, err := p.Attach(t.Context(), permit(t, use.LocalForward), second.ID()); err == nil {
+		third.Release()
+		t.Error("attached to what takes nobody new")
+	}
 	second.Release()
 	eventually(t, "it closes with the last", func() bool { return len(p.List()) == 0 })
 	if _, err := p.Attach(t.Context(), permit(t, use.RemoteForward), 1); err == nil {

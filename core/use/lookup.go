@@ -1,7 +1,5 @@
 package use
 
-import "context"
-
 // Lookup says what policy holds for a target. It does not change: a reload makes a new one.
 type Lookup interface {
 	// For returns what applies to t when c asks. A control use that is about no host has the zero Target.
@@ -24,16 +22,4 @@ type Effective interface {
 	// Block returns the number of the plugin's block that holds for u, as the plugin was told of it, and -1 if there is
 	// none. A block that could not be evaluated is a denial.
 	Block(plugin string, u Use) (id int, d *Denied)
-}
-
-// ByPolicy is the check of the policy in force, which current returns. It asks no person and denies if there is no
-// policy.
-func ByPolicy(current func() Lookup) Check {
-	return func(_ context.Context, u Use, _ func(string)) *Denied {
-		lookup := current()
-		if lookup == nil {
-			return &Denied{By: "policy", Reason: "no policy is in force"}
-		}
-		return lookup.For(u.Target, u.Caller).Deny(u)
-	}
 }

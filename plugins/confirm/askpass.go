@@ -63,12 +63,15 @@ func program(named string) (string, error) {
 // directory on the way there.
 func trusted(path string) (string, error) {
 	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return "", fmt.Errorf("askpass %w", err) // with the path
+	var fi os.FileInfo
+	if err == nil {
+		fi, err = os.Stat(real)
 	}
-	fi, err := os.Stat(real)
 	if err != nil {
-		return "", fmt.Errorf("askpass %w", err)
+		if pe, ok := errors.AsType[*os.PathError](err); ok { // which may name only a directory on the way
+			err = pe.Err
+		}
+		return "", fmt.Errorf("askpass %s: %w", path, err)
 	}
 	if !fi.Mode().IsRegular() || fi.Mode().Perm()&0o111 == 0 && executableBits {
 		return "", fmt.Errorf("askpass %s is not a program", path)

@@ -87,15 +87,12 @@ func (c *confirm) Describe() plugin.Info {
 	}
 }
 
-// Configure implements plugin.Plugin. Answers end that were given under a block that is not there any more.
-func (c *confirm) Configure(_ context.Context, cfg *plugin.Config) (ds plugin.Diagnostics) {
+// Check implements plugin.Checker.
+func (c *confirm) Check(_ context.Context, cfg *plugin.Config) (ds plugin.Diagnostics) {
 	askpass := cfg.Plugin.Value.(*own).Askpass
 	ds = checkPath(cfg.Plugin, askpass)
-	rules := map[string]bool{}
 	for _, h := range cfg.Hosts {
-		b := h.Value.(*block)
-		ds = append(ds, b.check(h)...)
-		rules[b.rule(h.Pos)] = true
+		ds = append(ds, h.Value.(*block).check(h)...)
 	}
 	if ds.HasErrors() {
 		return ds
@@ -112,8 +109,21 @@ func (c *confirm) Configure(_ context.Context, cfg *plugin.Config) (ds plugin.Di
 	for _, h := range cfg.Hosts {
 		warn(h, h.Value.(*block).Askpass)
 	}
+	return ds
+}
+
+// Configure implements plugin.Plugin. Answers end that were given under a block that is not there any more.
+func (c *confirm) Configure(ctx context.Context, cfg *plugin.Config) plugin.Diagnostics {
+	ds := c.Check(ctx, cfg)
+	if ds.HasErrors() {
+		return ds
+	}
+	rules := map[string]bool{}
+	for _, h := range cfg.Hosts {
+		rules[h.Value.(*block).rule(h.Pos)] = true
+	}
 	c.mu.Lock()
-	c.host, c.log, c.askpass, c.rules = cfg.Host, cfg.Log, askpass, rules
+	c.host, c.log, c.askpass, c.rules = cfg.Host, cfg.Log, cfg.Plugin.Value.(*own).Askpass, rules
 	c.mu.Unlock()
 	c.forgotten(c.grants.forget(func(g *grant) bool { return !rules[g.key.rule] }), "policy has changed")
 	return ds

@@ -673,6 +673,24 @@ func TestManyQuestions(t *testing.T) {
 	})
 }
 
+// So are those that wait for `muxproxy allow`.
+func TestManyPending(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.noWay = errors.New("no display")
+		b := defaults(t)
+		b.Fallback = pending
+		for range maxOpen {
+			go w.authorize(t.Context(), &b, w.use("exec", plugin.Process{}))
+			synctest.Wait()
+		}
+		if d := w.authorize(t.Context(), &b, w.use("exec", plugin.Process{})); d != plugin.Deny(errQueue.Error(), "try again") {
+			t.Errorf("%+v", d)
+		}
+		w.Close()
+	})
+}
+
 // Grants are bounded, too; the oldest goes.
 func TestManyGrants(t *testing.T) {
 	s := newGrants()
@@ -821,7 +839,15 @@ func TestConfigure(t *testing.T) {
 		w.program = trusted
 		b := defaults(t)
 		change(&b)
-		ds := w.Configure(t.Context(), &plugin.Config{Plugin: plugin.Block{Value: &own{}}, Hosts: []plugin.Block{{Value: &b, Pos: "p:1"}}})
+		cfg := &plugin.Config{Plugin: plugin.Block{Value: &own{}}, Hosts: []plugin.Block{{Value: &b, Pos: "p:1"}}}
+		checked := w.Check(t.Context(), cfg)
+		if len(w.rules) > 0 {
+			t.Error("checked, and taken")
+		}
+		ds := w.Configure(t.Context(), cfg)
+		if fmt.Sprint(checked) != fmt.Sprint(ds) {
+			t.Errorf("checked: %v, configured: %v", checked, ds)
+		}
 		var got []string
 		for _, d := range ds {
 			warning := ""

@@ -41,8 +41,11 @@ func (c *confirm) ask(r *plugin.Request, b *block, k key, who plugin.Process, bo
 		q.total++
 		return q, nil
 	}
-	if c.closed {
+	switch {
+	case c.closed:
 		return nil, errors.New("the plugin ends")
+	case len(c.open) >= maxOpen:
+		return nil, errQueue
 	}
 	q := &question{
 		key: k, block: b, pos: r.Pos, who: who, bound: bound, done: make(chan struct{}), waiting: []*plugin.Request{r}, total: 1,

@@ -6,7 +6,7 @@ import (
 )
 
 func TestReady(t *testing.T) {
-	if err := Ready(t.Context(), "/nowhere/askpass"); err == nil || !strings.Contains(err.Error(), "/nowhere: ") {
+	if err := Ready(t.Context(), "/nowhere/askpass"); err == nil || !strings.Contains(err.Error(), "/nowhere/askpass: ") {
 		t.Errorf("%v", err)
 	}
 	_, session := newSessions().environment(t.Context())

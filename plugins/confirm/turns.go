@@ -12,8 +12,9 @@ import (
 const (
 	// restTime is how long whoever has been told no waits for the next question.
 	restTime = 5 * time.Second
-	// maxQueue bounds the questions that wait for their turn.
+	// maxQueue bounds the questions that wait for their turn, maxOpen all that wait, those for `muxproxy allow` among them.
 	maxQueue = 64
+	maxOpen  = 512
 )
 
 var errQueue = errors.New("too many questions wait for an answer already")

@@ -115,8 +115,8 @@ func (p *Plugin) add(ctx context.Context, f *forward, stdout, stderr io.Writer) 
 	host, log := p.host, p.log
 	p.mu.Unlock()
 	switch {
-	case len(f.text) > maxSpec || len(f.host) > maxSpec:
-		return fmt.Errorf("more than %d bytes are too long", maxSpec)
+	case len(f.text) > maxText || len(f.host) > maxText:
+		return fmt.Errorf("more than %d bytes are too long", maxText)
 	case strings.HasPrefix(f.host, "-") || f.host == "":
 		return fmt.Errorf("%q is no host", f.host)
 	case f.spec.listen.gateway():
@@ -176,7 +176,7 @@ func (p *Plugin) add(ctx context.Context, f *forward, stdout, stderr io.Writer) 
 		return no("%s", st.Reason)
 	}
 	log.Info().Str("id", f.id).Str("forward", f.spec.String()).Msg("added")
-	fmt.Fprintf(stdout, "%s: listening on %s\n", f.id, strings.Join(st.Listening, " and "))
+	fmt.Fprintf(stdout, "%s: listening on %s\n", f.id, plugin.Printable(strings.Join(st.Listening, " and ")))
 	if err := p.keep(ctx); err != nil {
 		fmt.Fprintf(stderr, "muxproxy: it is open, but won't be after a restart of the master: %s\n", plugin.Printable(err.Error()))
 	}

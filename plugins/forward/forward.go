@@ -126,17 +126,26 @@ type wanted struct {
 	where string // a person's name for it
 }
 
-// Configure implements plugin.Plugin. Forwards that are still wanted go on, with their listeners; those that are not are
-// closed, and their streams go on.
-func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnostics {
-	var all []wanted
-	var problems plugin.Diagnostics
+// Check implements plugin.Checker.
+func (*Plugin) Check(_ context.Context, c *plugin.Config) plugin.Diagnostics {
+	_, problems := read(c)
+	return problems
+}
+
+// read returns what a configuration wants, and its problems.
+func read(c *plugin.Config) (all []wanted, problems plugin.Diagnostics) {
 	for _, b := range c.Hosts {
 		w, ds := wishes(b)
 		all = append(all, w...)
 		problems = append(problems, ds...)
 	}
-	problems = append(problems, twice(c.Hosts, all)...)
+	return all, append(problems, twice(c.Hosts, all)...)
+}
+
+// Configure implements plugin.Plugin. Forwards that are still wanted go on, with their listeners; those that are not are
+// closed, and their streams go on.
+func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnostics {
+	all, problems := read(c)
 	if problems.HasErrors() {
 		return problems
 	}
@@ -162,9 +171,11 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 		f.wake()
 	}
 	p.mu.Unlock()
-	for _, f := range gone { // before others take their addresses
-		f.end("policy has it no more")
+	var ending sync.WaitGroup // before others take their addresses
+	for _, f := range gone {
+		ending.Go(func() { f.end("policy has it no more") })
 	}
+	ending.Wait()
 	var kept []kept
 	if first {
 		kept = p.kept(ctx)

@@ -821,6 +821,12 @@ func TestDiagnostics(t *testing.T) {
 		{Id: "0", Kind: pluginpb.Block_KIND_HOST, Value: []byte(`{}`), Hosts: []string{"*"}}, // for forward add
 		{Id: "1", Kind: pluginpb.Block_KIND_HOST, Value: []byte(`{"dynamic":[{"address":"1080","users":"self"}]}`), Hosts: []string{"*.x", "!y"}},
 	}})
+	checked, checkErr := w.Client.Check(t.Context(), &pluginpb.ConfigureRequest{Blocks: []*pluginpb.Block{
+		{Id: "1", Kind: pluginpb.Block_KIND_HOST, Value: []byte(`{"dynamic":[{"address":"1080","users":"self"}]}`), Hosts: []string{"*.x", "!y"}},
+	}})
+	if ds := checked.GetDiagnostics(); checkErr != nil || len(ds) != 1 || ds[0].GetBlock() != "1" {
+		t.Errorf("%v, %v", ds, checkErr)
+	}
 	if ds := answer.GetDiagnostics(); err != nil || len(ds) != 1 || ds[0].GetBlock() != "1" || !strings.Contains(ds[0].GetSummary(), "needs one host to go to") {
 		t.Errorf("%v, %v", ds, err)
 	}

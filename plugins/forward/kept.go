@@ -8,11 +8,12 @@ import (
 	"time"
 )
 
-// maxAdded bounds the forwards that commands add, so that what is kept of them is below the 64 KiB that the master takes.
-const maxAdded = 128
-
-// maxSpec bounds the text of one of them.
-const maxSpec = 400
+// maxAdded and maxText bound the forwards that commands add, and the texts of each, so that what is kept of them is below
+// the 64 KiB that the master takes.
+const (
+	maxAdded = 64
+	maxText  = 300
+)
 
 // kept is a forward that a command has added, as it is stored over restarts.
 type kept struct {

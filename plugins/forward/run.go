@@ -291,8 +291,9 @@ func (f *forward) record(event string, target plugin.Target, detail string) {
 
 // trouble logs what happened to one connection: the same thing at most once a minute.
 func (f *forward) trouble(what string, err error) (logged bool) {
-	const most, quiet = 100, time.Minute
-	line := plugin.Printable(what + ": " + err.Error())
+	const most, longest, quiet = 100, 500, time.Minute
+	line := what + ": " + err.Error()
+	line = plugin.Printable(line[:min(len(line), longest)])
 	f.mu.Lock()
 	last, ok := f.told[line]
 	if ok = ok && time.Since(last) < quiet; !ok {
@@ -333,7 +334,7 @@ func (f *forward) serve(ctx context.Context, c net.Conn) {
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 	pid, err := f.admit(ctx, c)
 	if err != nil {
-		if f.trouble("refused a connection from "+from(c), err) {
+		if f.trouble("refused a connection", err) {
 			f.mu.Lock()
 			target := f.target
 			f.mu.Unlock()

@@ -81,8 +81,26 @@ func (p *persist) Configure(_ context.Context, c *plugin.Config) plugin.Diagnost
 	return p.configure(c, c.Host)
 }
 
-func (p *persist) configure(c *plugin.Config, m master) (problems plugin.Diagnostics) {
-	var names []wanted
+// Check implements plugin.Checker.
+func (*persist) Check(_ context.Context, c *plugin.Config) plugin.Diagnostics {
+	_, problems := read(c)
+	return problems
+}
+
+func (p *persist) configure(c *plugin.Config, m master) plugin.Diagnostics {
+	names, problems := read(c)
+	if problems.HasErrors() {
+		return problems
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.master, p.log, p.names = m, c.Log, names
+	p.start.Do(func() { p.running.Go(p.watch) })
+	return problems
+}
+
+// read returns what a configuration wants to have made in advance, and its problems.
+func read(c *plugin.Config) (names []wanted, problems plugin.Diagnostics) {
 	for _, b := range c.Hosts {
 		r := b.Value.(*block).read(func(attribute, format string, args ...any) {
 			problems = append(problems, b.Errorf(plugin.Path{attribute}, format, args...))
@@ -108,14 +126,7 @@ func (p *persist) configure(c *plugin.Config, m master) (problems plugin.Diagnos
 				"prewarm is for hosts by their names: nobody knows what %s stands for", strings.Join(patterns, " and ")))
 		}
 	}
-	if problems.HasErrors() {
-		return problems
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.master, p.log, p.names = m, c.Log, names
-	p.start.Do(func() { p.running.Go(p.watch) })
-	return problems
+	return names, problems
 }
 
 // Close implements io.Closer.

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
@@ -34,9 +35,16 @@ func configure(t *testing.T, s *plugintest.Session, blocks ...[2]string) []strin
 			Id: fmt.Sprint(i), Kind: pluginpb.Block_KIND_HOST, Hosts: strings.Fields(b[0]), Value: []byte(value(b[1])),
 		})
 	}
+	checked, err := s.Client.Check(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
 	answer, err := s.Client.Configure(t.Context(), r)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if !proto.Equal(checked, answer) {
+		t.Errorf("checked: %v, configured: %v", checked, answer)
 	}
 	var lines []string
 	for _, d := range answer.GetDiagnostics() {

@@ -3675,10 +3675,11 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x05event\x18\x01 \x01(\tR\x05event\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x10\n" +
-	"\x0eRecordResponse2\x89\x04\n" +
+	"\x0eRecordResponse2\xdf\x04\n" +
 	"\x06Plugin\x12U\n" +
 	"\bDescribe\x12#.muxproxy.plugin.v1.DescribeRequest\x1a$.muxproxy.plugin.v1.DescribeResponse\x12X\n" +
-	"\tConfigure\x12$.muxproxy.plugin.v1.ConfigureRequest\x1a%.muxproxy.plugin.v1.ConfigureResponse\x12Z\n" +
+	"\tConfigure\x12$.muxproxy.plugin.v1.ConfigureRequest\x1a%.muxproxy.plugin.v1.ConfigureResponse\x12T\n" +
+	"\x05Check\x12$.muxproxy.plugin.v1.ConfigureRequest\x1a%.muxproxy.plugin.v1.ConfigureResponse\x12Z\n" +
 	"\tAuthorize\x12$.muxproxy.plugin.v1.AuthorizeRequest\x1a%.muxproxy.plugin.v1.AuthorizeResponse0\x01\x12O\n" +
 	"\x06Retain\x12!.muxproxy.plugin.v1.RetainRequest\x1a\".muxproxy.plugin.v1.RetainResponse\x12K\n" +
 	"\aObserve\x12\x19.muxproxy.plugin.v1.Event\x1a#.muxproxy.plugin.v1.ObserveResponse(\x01\x12T\n" +
@@ -3810,44 +3811,46 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	3,  // 33: muxproxy.plugin.v1.AskResponse.answer:type_name -> muxproxy.plugin.v1.AskResponse.Answer
 	4,  // 34: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
 	10, // 35: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
-	18, // 36: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
-	23, // 37: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
-	25, // 38: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
-	27, // 39: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
-	29, // 40: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
-	31, // 41: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
-	33, // 42: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
-	35, // 43: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
-	37, // 44: muxproxy.plugin.v1.Host.Drain:input_type -> muxproxy.plugin.v1.DrainRequest
-	39, // 45: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
-	43, // 46: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
-	46, // 47: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
-	48, // 48: muxproxy.plugin.v1.Host.Ask:input_type -> muxproxy.plugin.v1.AskRequest
-	50, // 49: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
-	52, // 50: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
-	54, // 51: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
-	56, // 52: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
-	5,  // 53: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
-	12, // 54: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
-	19, // 55: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
-	24, // 56: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
-	26, // 57: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
-	28, // 58: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
-	30, // 59: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
-	32, // 60: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
-	34, // 61: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
-	36, // 62: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
-	38, // 63: muxproxy.plugin.v1.Host.Drain:output_type -> muxproxy.plugin.v1.DrainResponse
-	40, // 64: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
-	44, // 65: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
-	47, // 66: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
-	49, // 67: muxproxy.plugin.v1.Host.Ask:output_type -> muxproxy.plugin.v1.AskResponse
-	51, // 68: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
-	53, // 69: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
-	55, // 70: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
-	57, // 71: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
-	53, // [53:72] is the sub-list for method output_type
-	34, // [34:53] is the sub-list for method input_type
+	10, // 36: muxproxy.plugin.v1.Plugin.Check:input_type -> muxproxy.plugin.v1.ConfigureRequest
+	18, // 37: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
+	23, // 38: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
+	25, // 39: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
+	27, // 40: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
+	29, // 41: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
+	31, // 42: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
+	33, // 43: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
+	35, // 44: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
+	37, // 45: muxproxy.plugin.v1.Host.Drain:input_type -> muxproxy.plugin.v1.DrainRequest
+	39, // 46: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
+	43, // 47: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
+	46, // 48: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
+	48, // 49: muxproxy.plugin.v1.Host.Ask:input_type -> muxproxy.plugin.v1.AskRequest
+	50, // 50: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
+	52, // 51: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
+	54, // 52: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
+	56, // 53: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
+	5,  // 54: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
+	12, // 55: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	12, // 56: muxproxy.plugin.v1.Plugin.Check:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	19, // 57: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
+	24, // 58: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
+	26, // 59: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
+	28, // 60: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
+	30, // 61: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
+	32, // 62: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
+	34, // 63: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
+	36, // 64: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
+	38, // 65: muxproxy.plugin.v1.Host.Drain:output_type -> muxproxy.plugin.v1.DrainResponse
+	40, // 66: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
+	44, // 67: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
+	47, // 68: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
+	49, // 69: muxproxy.plugin.v1.Host.Ask:output_type -> muxproxy.plugin.v1.AskResponse
+	51, // 70: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
+	53, // 71: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
+	55, // 72: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
+	57, // 73: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
+	54, // [54:74] is the sub-list for method output_type
+	34, // [34:54] is the sub-list for method input_type
 	34, // [34:34] is the sub-list for extension type_name
 	34, // [34:34] is the sub-list for extension extendee
 	0,  // [0:34] is the sub-list for field type_name

@@ -44,6 +44,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Plugin_Describe_FullMethodName  = "/muxproxy.plugin.v1.Plugin/Describe"
 	Plugin_Configure_FullMethodName = "/muxproxy.plugin.v1.Plugin/Configure"
+	Plugin_Check_FullMethodName     = "/muxproxy.plugin.v1.Plugin/Check"
 	Plugin_Authorize_FullMethodName = "/muxproxy.plugin.v1.Plugin/Authorize"
 	Plugin_Retain_FullMethodName    = "/muxproxy.plugin.v1.Plugin/Retain"
 	Plugin_Observe_FullMethodName   = "/muxproxy.plugin.v1.Plugin/Observe"
@@ -60,6 +61,9 @@ type PluginClient interface {
 	Describe(ctx context.Context, in *DescribeRequest, opts ...grpc.CallOption) (*DescribeResponse, error)
 	// Configure brings all blocks of the plugin. If the answer has an error, the configuration before stays in force.
 	Configure(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error)
+	// Check looks for the problems that Configure would find, and changes nothing. `muxproxy config check` calls it, of a
+	// process that is never configured and for which the service Host does nothing. It need not be there.
+	Check(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error)
 	// Authorize judges a use before it happens. The first answer is due within 2 s: a decision, or that a person is being
 	// asked; then one at least every 5 s until the decision, which is the last. The call is cancelled with the client.
 	Authorize(ctx context.Context, in *AuthorizeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuthorizeResponse], error)
@@ -93,6 +97,16 @@ func (c *pluginClient) Configure(ctx context.Context, in *ConfigureRequest, opts
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ConfigureResponse)
 	err := c.cc.Invoke(ctx, Plugin_Configure_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *pluginClient) Check(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ConfigureResponse)
+	err := c.cc.Invoke(ctx, Plugin_Check_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -170,6 +184,9 @@ type PluginServer interface {
 	Describe(context.Context, *DescribeRequest) (*DescribeResponse, error)
 	// Configure brings all blocks of the plugin. If the answer has an error, the configuration before stays in force.
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
+	// Check looks for the problems that Configure would find, and changes nothing. `muxproxy config check` calls it, of a
+	// process that is never configured and for which the service Host does nothing. It need not be there.
+	Check(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
 	// Authorize judges a use before it happens. The first answer is due within 2 s: a decision, or that a person is being
 	// asked; then one at least every 5 s until the decision, which is the last. The call is cancelled with the client.
 	Authorize(*AuthorizeRequest, grpc.ServerStreamingServer[AuthorizeResponse]) error
@@ -194,6 +211,9 @@ func (UnimplementedPluginServer) Describe(context.Context, *DescribeRequest) (*D
 }
 func (UnimplementedPluginServer) Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Configure not implemented")
+}
+func (UnimplementedPluginServer) Check(context.Context, *ConfigureRequest) (*ConfigureResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
 }
 func (UnimplementedPluginServer) Authorize(*AuthorizeRequest, grpc.ServerStreamingServer[AuthorizeResponse]) error {
 	return status.Error(codes.Unimplemented, "method Authorize not implemented")
@@ -264,6 +284,24 @@ func _Plugin_Configure_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Plugin_Check_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ConfigureRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PluginServer).Check(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Plugin_Check_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PluginServer).Check(ctx, req.(*ConfigureRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Plugin_Authorize_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(AuthorizeRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -325,6 +363,10 @@ var Plugin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Configure",
 			Handler:    _Plugin_Configure_Handler,
+		},
+		{
+			MethodName: "Check",
+			Handler:    _Plugin_Check_Handler,
 		},
 		{
 			MethodName: "Retain",

@@ -21,12 +21,16 @@ func (s *Socket) CloseWrite() error {
 	return s.Conn.(interface{ CloseWrite() error }).CloseWrite()
 }
 
-// Cut closes the socket so that what came through it does not look complete: with a RST where there is such a thing.
-func (s *Socket) Cut() {
-	if t, ok := s.Conn.(*net.TCPConn); ok {
-		_ = t.SetLinger(0)
+// Whole says whether the end of a TCP connection is to be one in good order. If not it is a reset, also if this process is
+// killed: what was cut off must not look complete. Unix sockets have no way to say so.
+func (s *Socket) Whole(so bool) {
+	seconds := 0
+	if so {
+		seconds = -1 // the system's default
 	}
-	s.Close()
+	if t, ok := s.Conn.(*net.TCPConn); ok {
+		_ = t.SetLinger(seconds) // fails if it is closed already
+	}
 }
 
 // Counts are of a stream that was handed over, for the plugin. The zero value counts for nobody.

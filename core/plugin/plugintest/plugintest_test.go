@@ -123,6 +123,12 @@ func (g *good) Command(ctx context.Context, args []string, stdout, stderr io.Wri
 
 func TestInProcess(t *testing.T) {
 	s := InProcess(t, &good{})
+	checked, err := s.Client.Check(t.Context(), &pluginpb.ConfigureRequest{Blocks: []*pluginpb.Block{
+		{Id: "0", Kind: pluginpb.Block_KIND_HOST, Value: []byte(`{"name":"n","after":"soon"}`)},
+	}})
+	if ds := checked.GetDiagnostics(); err != nil || len(ds) != 1 || ds[0].GetBlock() != "0" {
+		t.Errorf("without Check: %v, %v", ds, err)
+	}
 	ds := s.Configure(t, `{}`, `{"after":"soon","rule":[{"label":"a","sizes":{"x":1.5}}]}`)
 	var got []string
 	for _, d := range ds {
