@@ -59,9 +59,9 @@ func (d *dialing) connect(ctx context.Context) (net.Conn, error) {
 // anewAfter is how long a connection may take before another is tried beside it.
 const anewAfter = 2 * time.Second
 
-// anew dials, and where that takes long dials again, for a lost SYN is repeated after one, three, seven, fifteen seconds and so
-// on (RFC 6298 sections 2 and 5): an ssh that comes when the network is back would wait with a dial that began while it was
-// away, longer than on its own. The first dial goes on, the network may be slow; its error is the result's.
+// anew dials, and where that takes long dials again, for a lost SYN is repeated after one, three, seven, fifteen seconds
+// and so on (RFC 6298 sections 2 and 5): an ssh that comes when the network is back would wait with a dial that began
+// while it was away, longer than on its own. The first dial goes on, the network may be slow; its error is the result's.
 func anew(ctx context.Context, dial func(context.Context) (net.Conn, error)) (net.Conn, error) {
 	type result struct {
 		c     net.Conn
