@@ -42,6 +42,9 @@ man: build
 install: man
 	install -D -t '$(DESTDIR)$(PREFIX)/bin' bin/muxproxy bin/muxproxyd
 	cp -R bin/share '$(DESTDIR)$(PREFIX)/'
+	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/user'
+	for unit in muxproxy.service muxproxy.socket; do \
+		sed 's|/usr/bin/|$(PREFIX)/bin/|' packaging/systemd/$$unit >'$(DESTDIR)$(PREFIX)/lib/systemd/user/'$$unit; done
 
 packages:
 	packaging/build.sh '$(VERSION)' $(PLATFORMS)

@@ -79,7 +79,7 @@ func imports(p pkg) []string {
 	return list
 }
 
-// drawing puts each package into a band above all that it imports.
+// drawing puts each package into a band above all that it imports, and into the column of its kind.
 func drawing(pkgs map[string]pkg) string {
 	bands := map[int][]string{}
 	heights := map[string]int{}
@@ -99,30 +99,46 @@ func drawing(pkgs map[string]pkg) string {
 			bands[height(name)] = append(bands[height(name)], name)
 		}
 	}
-	const width = 108
-	rule := func(left, right string) string { return left + strings.Repeat("─", width) + right + "\n" }
-	var b strings.Builder
-	for h := len(bands) - 1; h >= 0; h-- {
-		if h == len(bands)-1 {
-			b.WriteString(rule("┌", "┐"))
-		} else {
-			b.WriteString(rule("├", "┤"))
-		}
-		slices.Sort(bands[h])
-		line := ""
-		flush := func() {
-			fmt.Fprintf(&b, "│%-*s│\n", width, line)
-			line = ""
-		}
-		for _, name := range bands[h] {
-			if len(line)+3+len(name) > width {
-				flush()
-			}
-			line += "   " + name
-		}
-		flush()
+	columns := []struct {
+		title string
+		has   func(name string) bool
+	}{
+		{"programs", func(name string) bool { return under(name, "cmd") || under(name, "bench") }},
+		{"core", func(name string) bool { return under(name, "core") && !under(name, "core/plugin") }},
+		{"plugins, and what they import", func(name string) bool { return under(name, "plugins") || under(name, "core/plugin") }},
 	}
-	return b.String() + rule("└", "┘")
+	const width = 34
+	rule := func(left, middle, right string) string {
+		bar := strings.Repeat("─", width)
+		return left + bar + middle + bar + middle + bar + right + "\n"
+	}
+	var b strings.Builder
+	row := func(cells ...string) {
+		for _, cell := range cells {
+			fmt.Fprintf(&b, "│ %-*s ", width-2, cell)
+		}
+		b.WriteString("│\n")
+	}
+	b.WriteString(rule("┌", "┬", "┐"))
+	row(columns[0].title, columns[1].title, columns[2].title)
+	for h := len(bands) - 1; h >= 0; h-- {
+		b.WriteString(rule("├", "┼", "┤"))
+		slices.Sort(bands[h])
+		for i := 0; ; i++ {
+			cells := make([]string, len(columns))
+			for j, c := range columns {
+				own := slices.DeleteFunc(slices.Clone(bands[h]), func(name string) bool { return !c.has(name) })
+				if i < len(own) {
+					cells[j] = own[i]
+				}
+			}
+			if strings.Join(cells, "") == "" {
+				break
+			}
+			row(cells...)
+		}
+	}
+	return b.String() + rule("└", "┴", "┘")
 }
 
 // packageTable has each package's own sentence.

@@ -148,7 +148,7 @@ func TestStandingForwards(t *testing.T) {
 			}
 		}
 		audit := w.read(w.state + "/muxproxy/audit.log")
-		for _, want := range []string{`"decision":"deny"`, ` <- curl <- `, `"localhost:81"`, `"event":"opened"`, "dynamic " + socks} {
+		for _, want := range []string{`"decision":"deny"`, ` <- curl <- `, `"localhost:81"`, `"event":"opened"`, "dynamic " + socks, `config.hcl:5"`} {
 			if !strings.Contains(audit, want) {
 				t.Errorf("audit.log lacks %s:\n%s", want, tail(audit))
 			}

@@ -142,14 +142,11 @@ func (b backend) command(ctx context.Context, by pluginhost.Actor, id uint64, ve
 	return nil
 }
 
-// caller is who wants something: the plugin, by way of this process, or, by way of the plugin, the process that it says
-// it acts for.
+// caller is who wants something: the plugin, or, by way of it, the process that it says it acts for.
 func (b backend) caller(by pluginhost.Actor, pid int) use.Caller {
 	c := by.Caller
 	if pid > 0 {
 		c.Processes = append(slices.Clone(c.Processes[:min(1, len(c.Processes))]), use.Chain(pid)...)
-	} else if self := use.Self().Processes; len(self) > 0 {
-		c.Processes = append(self[:1:1], c.Processes...)
 	}
 	if p, ok := c.Client(); ok {
 		c.Env = use.ReadEnv(p, b.m.policy.now.Load().EnvNames())

@@ -175,11 +175,12 @@ func CheckPolicy(ctx context.Context, draft *policy.Snapshot, o Options, scratch
 	return p.snapshot, p.diags
 }
 
-// pluginDirs are where plugins without a path are looked for.
+// pluginDirs are where plugins without a path are looked for: the user's own, and those that were installed with this
+// program, in /usr/libexec/muxproxy if it is in /usr/bin.
 func pluginDirs(dirs paths.Dirs) []string {
 	list := []string{filepath.Join(dirs.Data, "plugins")}
 	if exe, err := os.Executable(); err == nil {
-		list = append(list, filepath.Join(filepath.Dir(exe), "libexec", "muxproxy"))
+		list = append(list, filepath.Join(filepath.Dir(exe), "..", "libexec", "muxproxy"))
 	}
 	return list
 }

@@ -87,7 +87,7 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 		<-ctx.Done()
 		return plugin.Allow()
 	case "wait-closed":
-		r.Waiting("touch the key", false)
+		r.Waiting("touch the key\x1b", false)
 		<-ctx.Done()
 		return plugin.Deny("late", "")
 	case "decide-own":

@@ -363,6 +363,9 @@ func TestWaiting(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	p, done := begin(ctx, "closed")
+	if p.Message != `touch the key\x1b` {
+		t.Errorf("the message is %q", p.Message)
+	}
 	if err := w.m.decideOwn("ask2", p.ID, nil); !errors.Is(err, ErrNotPending) {
 		t.Errorf("decided by another plugin: %v", err)
 	}

@@ -157,6 +157,9 @@ func checkFile(p Plugin) (fs.FileInfo, error) {
 	if p.BuiltIn {
 		return nil, nil
 	}
+	if p.Path == "" {
+		return nil, fmt.Errorf("there is no muxproxy-plugin-%s where plugins are looked for", p.Name)
+	}
 	fi, err := os.Stat(p.Path)
 	if err != nil {
 		if pe, ok := errors.AsType[*os.PathError](err); ok {

@@ -74,6 +74,7 @@ func TestBroken(t *testing.T) {
 		{mode: "exit", want: "ended before it was ready: exit status 1, its last words: I don't want to"},
 		{mode: "elsewhere", want: "not in the directory it was given"},
 		{mode: "bad-schema", want: `host block: "Not A Name" can't be a name`},
+		{mode: "missing", want: "there is no muxproxy-plugin-bad7 where plugins are looked for"},
 		{path: "/nowhere/plugin", want: "/nowhere/plugin: no such file or directory"},
 		{path: "/", want: "/ is not a regular file"},
 		{path: open, want: "is writable by others (mode 0777): chmod go-w"},
@@ -92,7 +93,7 @@ func TestBroken(t *testing.T) {
 		if c.mode == "misnamed" {
 			p.Args = "somebody"
 		}
-		if c.path != "" {
+		if c.path != "" || c.mode == "missing" {
 			p.Path = c.path
 		}
 		p.SHA256, p.Pos = c.sha256, fmt.Sprintf("config.hcl:%d", 10+i)

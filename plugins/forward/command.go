@@ -224,7 +224,7 @@ func (f *forward) status() status {
 	defer f.mu.Unlock()
 	s := status{
 		ID: f.id, Kind: f.spec.kind, Listen: f.spec.listen.String(), Listening: append([]string{}, f.bound...), Host: f.host,
-		Owner: f.owner(), State: f.state, Reason: f.reason, Gateway: f.gateway, Until: f.until, WithClient: f.withClient,
+		Owner: f.ownerLocked(), State: f.state, Reason: f.reason, Gateway: f.gateway, Until: f.until, WithClient: f.withClient,
 		Connections: len(f.transfers), Total: f.streams, In: f.in, Out: f.out,
 	}
 	if f.spec.to != (endpoint{}) {

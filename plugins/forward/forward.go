@@ -124,6 +124,7 @@ type wanted struct {
 	wish
 	block any    // the value of its block
 	where string // a person's name for it
+	pos   string // FILE:LINE of it
 }
 
 // Check implements plugin.Checker.
@@ -163,7 +164,7 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 			gone = append(gone, f)
 			return true
 		}
-		f.setBlock(all[i].block)
+		f.setBlock(all[i].block, all[i].pos)
 		all = slices.Delete(all, i, i+1)
 		return false
 	})
@@ -184,7 +185,7 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 	defer p.mu.Unlock()
 	for _, w := range all {
 		p.lastOwn++
-		p.startLocked(&forward{wish: w.wish, id: fmt.Sprintf("p%d", p.lastOwn), where: w.where, block: w.block})
+		p.startLocked(&forward{wish: w.wish, id: fmt.Sprintf("p%d", p.lastOwn), where: w.where, block: w.block, pos: w.pos})
 	}
 	p.restoreLocked(kept)
 	return problems
@@ -206,7 +207,7 @@ func wishes(b plugin.Block) (out []wanted, problems plugin.Diagnostics) {
 	}
 	add := func(k kind, i int, address, to, users string, gateway bool) {
 		at := plugin.Path{string(k), i}
-		w := wanted{wish{spec{kind: k}, host, users == "any", gateway}, b.Value, where}
+		w := wanted{wish{spec{kind: k}, host, users == "any", gateway}, b.Value, where, b.Pos}
 		var err error
 		if w.spec.listen, err = parseListen(k, address); err != nil {
 			problems = append(problems, b.Errorf(at, "%q is nothing to listen on: %v", address, err))

@@ -44,6 +44,7 @@ type forward struct {
 
 	mu        sync.Mutex // guards what follows
 	block     any        // the value of its block, by which it is known; nil: a command has added it
+	pos       string     // FILE:LINE of that
 	state     string
 	reason    string // why it waits
 	target    plugin.Target
@@ -71,9 +72,9 @@ func (f *forward) wake() {
 	}
 }
 
-func (f *forward) setBlock(block any) {
+func (f *forward) setBlock(block any, pos string) {
 	f.mu.Lock()
-	f.block = block
+	f.block, f.pos = block, pos
 	f.mu.Unlock()
 }
 
@@ -226,10 +227,10 @@ func (f *forward) opened(bound ...string) {
 	f.state, f.reason, f.bound = open, "", bound
 	clear(f.told)
 	f.triedLocked()
-	target := f.target
+	target, owner := f.target, f.ownerLocked()
 	f.mu.Unlock()
 	f.log.Info().Strs("listen", bound).Msg("open")
-	f.record("opened", target, fmt.Sprintf("%s, %s", f.spec, f.owner()))
+	f.record("opened", target, fmt.Sprintf("%s, %s", f.spec, owner))
 }
 
 func (f *forward) triedLocked() {
@@ -246,11 +247,11 @@ func (f *forward) failed(err error) {
 	same := f.state == waiting && f.reason == reason
 	f.state, f.reason, f.bound = waiting, reason, nil
 	f.triedLocked()
-	target := f.target
+	target, owner := f.target, f.ownerLocked()
 	f.mu.Unlock()
 	if !same {
 		f.log.Warn().Str("error", reason).Msg("not open; it is tried again")
-		f.record("failed", target, fmt.Sprintf("%s, %s: %s", f.spec, f.owner(), reason))
+		f.record("failed", target, fmt.Sprintf("%s, %s: %s", f.spec, owner, reason))
 	}
 }
 
@@ -260,22 +261,25 @@ func (f *forward) closed(why error) {
 	if errors.Is(why, context.Canceled) {
 		why = errors.New("the plugin ends")
 	}
-	was, target := f.state, f.target
+	was, target, owner := f.state, f.target, f.ownerLocked()
 	f.state, f.reason, f.bound = waiting, why.Error(), nil
 	f.triedLocked()
 	f.mu.Unlock()
 	if was == open {
 		f.log.Info().Str("reason", why.Error()).Msg("closed")
-		f.record("closed", target, fmt.Sprintf("%s, %s: %s", f.spec, f.owner(), why))
+		f.record("closed", target, fmt.Sprintf("%s, %s: %s", f.spec, owner, why))
 	}
 }
 
-// owner says who wants the forward.
-func (f *forward) owner() string {
-	if f.where == "" {
+// ownerLocked says who wants the forward.
+func (f *forward) ownerLocked() string {
+	switch {
+	case f.where == "":
 		return "command"
+	case f.pos == "":
+		return "policy, " + f.where
 	}
-	return "policy, " + f.where
+	return "policy, " + f.where + ", " + f.pos
 }
 
 // record writes to the audit log, which may be gone with the master.
