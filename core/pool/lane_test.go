@@ -1062,7 +1062,7 @@ func TestALoginForSessionsThatWaitIsListed(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				f := &farm{openSSH: true, max: 1, hold: make(chan struct{})}
+				f := &farm{max: 1, hold: make(chan struct{})} // no spares, which would compete for the one session
 				p := newPool(t, f, CloseAtOnce{})
 				l := acquire(t, p, spec("alice"))
 				l.Watch(func(Loss) {})

@@ -634,11 +634,11 @@ func (p *Pool) CloseMatching(match func(ConnInfo) bool, reason error) int {
 		}
 	}
 	p.mu.Unlock()
-	for _, f := range flights {
-		f.cancel()
-	}
 	for _, u := range ups {
 		u.conn.Close()
+	}
+	for _, f := range flights { // last, or a session that waits for one has the next dialled for a client that is to go
+		f.cancel()
 	}
 	return len(ups) + len(flights)
 }

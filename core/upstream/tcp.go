@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -34,8 +35,11 @@ func (d *dialing) connect(ctx context.Context) (net.Conn, error) {
 	if local != nil {
 		dialer.LocalAddr = local
 	}
+	dial := func(ctx context.Context) (net.Conn, error) {
+		return dialer.DialContext(ctx, network, d.spec.Target.Addr())
+	}
 	for attempt := 1; ; attempt++ {
-		c, err := dialer.DialContext(ctx, network, d.spec.Target.Addr())
+		c, err := anew(ctx, dial)
 		if err == nil {
 			limitUnsent(c) // TCP_NODELAY is on by default
 			return c, nil
@@ -48,6 +52,54 @@ func (d *dialing) connect(ctx context.Context) (net.Conn, error) {
 		case <-time.After(time.Second):
 		case <-ctx.Done():
 			return nil, d.explainDial(ctx, err)
+		}
+	}
+}
+
+// anewAfter is how long a connection may take before another is tried beside it.
+const anewAfter = 2 * time.Second
+
+// anew dials, and where that takes long dials again, for a lost SYN is repeated after one, three, seven, fifteen seconds
+// and so on (RFC 6298 sections 2 and 5): an ssh that comes when the network is back would wait with a dial that began
+// while it was away, longer than on its own. The first dial goes on, the network may be slow; its error is the result's.
+func anew(ctx context.Context, dial func(context.Context) (net.Conn, error)) (net.Conn, error) {
+	type result struct {
+		c     net.Conn
+		err   error
+		first bool
+	}
+	results := make(chan result)
+	var tries sync.WaitGroup
+	defer tries.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	try := func(ctx context.Context, first bool) {
+		c, err := dial(ctx)
+		select {
+		case results <- result{c, err, first}:
+		case <-ctx.Done():
+			if err == nil {
+				c.Close()
+			}
+		}
+	}
+	tries.Go(func() { try(ctx, true) })
+	stopLast := func() {}
+	tick := time.NewTicker(anewAfter)
+	defer tick.Stop()
+	for {
+		select {
+		case r := <-results:
+			if r.err == nil || r.first {
+				return r.c, r.err
+			}
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-tick.C:
+			stopLast()
+			next, stop := context.WithCancel(ctx)
+			stopLast = stop
+			tries.Go(func() { try(next, false) })
 		}
 	}
 }
