@@ -590,6 +590,9 @@ func TestWhatAPluginDoesIsJudged(t *testing.T) {
 		if r := w.mux("judge", "dial", "hop1", echo); r.status == 0 || !strings.Contains(r.err, "denied by lock") {
 			t.Errorf("locked: %+v", r)
 		}
+		if r := w.mux("judge"); r.status != 255 || !strings.Contains(r.err, "denied by lock") {
+			t.Errorf("a plugin's command, locked: %+v", r)
+		}
 		if r := w.mux("unlock"); r.status != 0 {
 			t.Fatalf("%+v", r)
 		}

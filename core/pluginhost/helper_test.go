@@ -372,6 +372,10 @@ func playPlugin(args []string) {
 	switch mode {
 	case "judge":
 		plugin.Serve(newJudge(name))
+	case "other": // with another schema
+		j := newJudge(name)
+		j.info.Host = struct{}{}
+		plugin.Serve(j)
 	case "junk":
 		os.Stderr.WriteString("{\"@message\": 1}\n\x00\xff\x1b[2J\n" + strings.Repeat("x", 200000) + "\n{\"level\":\"panic\",\"message\":\"help\",\"n\":1}\n")
 		plugin.Serve(newJudge(name))

@@ -388,3 +388,32 @@ func TestAForgottenBlockDenies(t *testing.T) {
 		t.Errorf("a block that it does not know: %v", d)
 	}
 }
+
+// A plugin whose file was replaced by one with another schema can't have blocks that were read by the old one.
+func TestAnotherSchemaAfterACrash(t *testing.T) {
+	w := newWorld(t, Timing{})
+	s := spec(t, "a", "")
+	exe := s.Path
+	script := filepath.Join(t.TempDir(), "muxproxy-plugin-a")
+	play := func(mode string) {
+		if err := os.WriteFile(script+".new", []byte("#!/bin/sh\nexec "+exe+" a "+mode+"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(script+".new", script); err != nil {
+			t.Fatal(err)
+		}
+	}
+	play("judge")
+	s.Path = script
+	w.run([]Plugin{s}, block("a", "h", "allow"))
+	if d := w.check(use.Exec, "h"); d != nil {
+		t.Error(d)
+	}
+	was, _ := w.m.set().find("a").up()
+	play("other")
+	was.Kill()
+	w.waitLog("it has another schema than before")
+	if d := w.check(use.Exec, "h"); d == nil {
+		t.Error("it judges by a block that is not its own")
+	}
+}
