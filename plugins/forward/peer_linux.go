@@ -113,7 +113,7 @@ func sockDiag(its, other netip.AddrPort) (peer, error) {
 		return peer{}, errors.New("sock_diag: an answer that is not the kernel's")
 	}
 	// struct inet_diag_msg: family and so on (4), sockid (48), expires, rqueue, wqueue, uid, inode
-	const uidAt = headSize + 4 + 48 + 12
+	const portsAt, uidAt = headSize + 4, headSize + 4 + 48 + 12
 	kind := uint16(0)
 	if n >= headSize {
 		kind = binary.NativeEndian.Uint16(answer[4:])
@@ -123,6 +123,10 @@ func sockDiag(its, other netip.AddrPort) (peer, error) {
 		return peer{}, unix.Errno(-int32(binary.NativeEndian.Uint32(answer[headSize:])))
 	case kind != unix.SOCK_DIAG_BY_FAMILY || n < uidAt+8:
 		return peer{}, errors.New("sock_diag: an answer that can't be read")
+	case binary.BigEndian.Uint16(answer[portsAt:]) != its.Port() || binary.BigEndian.Uint16(answer[portsAt+2:]) != other.Port():
+		// Where there is no connection the kernel goes on to whoever listens on the port (inet_lookup), such as this forward
+		// itself if another machine comes from the port that it comes to. A listener has no port at the other end.
+		return peer{}, unix.ENOENT
 	}
 	return peer{
 		uid: int(binary.NativeEndian.Uint32(answer[uidAt:])), inode: uint64(binary.NativeEndian.Uint32(answer[uidAt+4:])),

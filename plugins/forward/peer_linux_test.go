@@ -75,6 +75,21 @@ func TestPeer(t *testing.T) {
 			t.Errorf("%s: a closed end: %+v", network, p)
 		}
 	}
+	// Another machine's end may have the port of a listener here, such as the forward's own: that is not its socket.
+	for _, network := range []string{"tcp4", "tcp"} {
+		l, err := net.Listen(network, ":0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := addrPort(l.Addr()).Port()
+		for _, machine := range []string{"192.0.2.1", "2001:db8::1"} {
+			elsewhere := netip.AddrPortFrom(netip.MustParseAddr(machine), port)
+			if p, err := sockDiag(elsewhere, elsewhere); !errors.Is(err, unix.ENOENT) {
+				t.Errorf("%s: a listener on all addresses is taken for %s: %+v, %v", network, elsewhere, p, err)
+			}
+		}
+		l.Close()
+	}
 	nowhere := netip.MustParseAddrPort("192.0.2.1:1")
 	if p, err := sockDiag(nowhere, nowhere); err == nil {
 		t.Errorf("nobody: %+v", p)
