@@ -76,16 +76,19 @@ func trusted(path string) (string, error) {
 	if !fi.Mode().IsRegular() || fi.Mode().Perm()&0o111 == 0 && executableBits {
 		return "", fmt.Errorf("askpass %s is not a program", path)
 	}
-	for p := real; ; {
-		if err := onlyMine(p); err != nil {
-			return "", fmt.Errorf("askpass %s: %w", path, err)
+	for _, p := range []string{path, real} { // who can change a link on the way chooses any program of root's
+		for {
+			if err := onlyMine(p); err != nil {
+				return "", fmt.Errorf("askpass %s: %w", path, err)
+			}
+			up := filepath.Dir(p)
+			if up == p {
+				break
+			}
+			p = up
 		}
-		up := filepath.Dir(p)
-		if up == p {
-			return real, nil
-		}
-		p = up
 	}
+	return real, nil
 }
 
 // verdict is how a question ended.

@@ -22,15 +22,23 @@ const executableBits = true
 const drainTime = time.Second
 
 // onlyMine reports whether nobody but this user and root can change a file, or what is in a directory, where its group may,
-// as with the policy file. In a directory with the sticky bit others can't touch what is not theirs.
+// as with the policy file. In a directory with the sticky bit others can't touch what is not theirs; a link may not be
+// theirs either.
 func onlyMine(path string) error {
+	theirs := func(fi os.FileInfo) bool {
+		st, ok := fi.Sys().(*syscall.Stat_t)
+		return !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid()
+	}
+	link, err := os.Lstat(path)
+	if err != nil {
+		return err
+	}
 	fi, err := os.Stat(path)
 	if err != nil {
 		return err
 	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
 	switch {
-	case !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid():
+	case theirs(link) || theirs(fi):
 		return fmt.Errorf("%s belongs to another user", path)
 	case fi.IsDir() && (fi.Mode().Perm()&0o002 == 0 || fi.Mode()&os.ModeSticky != 0):
 	case fi.Mode().Perm()&0o022 != 0:

@@ -175,7 +175,12 @@ func TestProgram(t *testing.T) {
 		}
 		return path
 	}
+	open := filepath.Join(t.TempDir(), "link") // in a directory in which others can lead it to /bin/true
+	if err := errors.Join(os.Symlink(good, open), os.Chmod(filepath.Dir(open), 0o777)); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct{ path, want string }{
+		{open, "can be changed by others (mode 0777)"},
 		{with(0o722, 0o700), "can be changed by others (mode 0722)"},
 		{with(0o770, 0o700), "can be changed by others (mode 0770)"},
 		{with(0o700, 0o777), "can be changed by others (mode 0777)"},
