@@ -144,6 +144,7 @@ func (c *confirm) Close() error {
 func (c *confirm) Observe(ctx context.Context, e plugin.Event) {
 	if e.Dropped > 0 {
 		// What was lost may have been the lock, or a connection's end.
+		c.unconfirm()
 		c.forgotten(c.grants.forget(func(*grant) bool { return true }), "events were lost")
 	}
 	switch e.Kind {
@@ -153,6 +154,7 @@ func (c *confirm) Observe(ctx context.Context, e plugin.Event) {
 			q.cancel(errLocked)
 		}
 		c.mu.Unlock()
+		c.unconfirm()
 		c.forgotten(c.grants.forget(func(*grant) bool { return true }), "locked")
 	case "down":
 		c.down(ctx)
@@ -324,6 +326,15 @@ func (c *confirm) confirmed(u plugin.Use) {
 	defer c.mu.Unlock()
 	if one := c.client(u.Client); one != nil {
 		one.confirmed = true
+	}
+}
+
+// unconfirm ends what was said yes to in clients' terminals.
+func (c *confirm) unconfirm() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, one := range c.clients {
+		one.confirmed = false
 	}
 }
 

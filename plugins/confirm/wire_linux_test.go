@@ -202,6 +202,15 @@ func TestTerminal(t *testing.T) {
 	if got := w.judge(t.Context(), w.pb("exec", 3), nil); got != denied {
 		t.Errorf("another client: %s", got)
 	}
+	for _, end := range []plugin.Event{{Kind: "locked"}, {Kind: "use", Dropped: 1}} {
+		w.Observe(t.Context(), end)
+		if got := w.judge(t.Context(), w.pb("exec", 2), nil); got != denied {
+			t.Errorf("after %+v: %s", end, got)
+		}
+		if got := w.judge(t.Context(), w.pb("attach", 2), nil); got != "allow" {
+			t.Error(got)
+		}
+	}
 	w.s.Master.SetPerson(func(string) bool { return false })
 	if got := w.judge(t.Context(), w.pb("attach", 4), nil); got != "deny: the answer was no; try again to be asked again" {
 		t.Error(got)
