@@ -742,6 +742,7 @@ func TestCommands(t *testing.T) {
 // What was kept is not trusted more than a command line.
 func TestKeptNonsense(t *testing.T) {
 	for _, data := range []string{"", "nonsense", `{"version":2}`, `{"version":1,"added":[{"id":1,"kind":"local","spec":"x","host":"h"}]}`,
+		`{"version":1,"added":[{"id":1,"kind":"dynamic","spec":"*:1080","host":"h"}]}`,
 		`{"version":1,"added":[{"id":1,"kind":"dynamic","spec":"1080","host":"h","until":"2020-01-01T00:00:00Z"}]}`} {
 		w := newWorld(t)
 		if _, err := w.Master.Keep(t.Context(), &pluginpb.KeepRequest{Data: []byte(data)}); err != nil {

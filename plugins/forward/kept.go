@@ -63,7 +63,7 @@ func (p *Plugin) kept(ctx context.Context) []kept {
 func (p *Plugin) restoreLocked(list []kept) {
 	for _, k := range list {
 		s, err := parseSpec(k.Kind, k.Spec)
-		if err != nil || !k.Until.IsZero() && !time.Now().Before(k.Until) {
+		if err != nil || s.listen.gateway() || !k.Until.IsZero() && !time.Now().Before(k.Until) { // as add
 			continue
 		}
 		p.startLocked(&forward{
