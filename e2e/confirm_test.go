@@ -358,6 +358,14 @@ func TestNoDisplay(t *testing.T) {
 		p = w.start(spec{args: args, tty: true})
 		p.answer("[yes/no] ", "no")
 		p.ended(255, "denied by confirm: the answer was no")
+
+		// A yes there is no login, which would stand for what another block asks about.
+		w.restart()
+		w.reload(w.confirms("    on = [\"attach\"]\n    fallback = \"terminal\"\n    when = use.kind == \"attach\"\n  }\n" +
+			"  confirm {\n    display = \"caller\""))
+		p = w.start(spec{args: args, tty: true})
+		p.answer("[yes/no] ", "yes")
+		p.ended(255, "denied by confirm: nobody can be asked: whoever asks has no display")
 	})
 }
 

@@ -495,8 +495,17 @@ func (f front) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.
 
 var _ relay.Client = front{}
 
-// Ask implements pool.Asker: the question appears in the user's own ssh.
+// Ask implements pool.Asker: the question appears in the user's own ssh. Whoever has answered one has logged in.
 func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
+	answers, err := c.ask(ctx, q)
+	if err == nil {
+		c.answered.Store(true)
+	}
+	return answers, err
+}
+
+// ask puts a question to the person at the client, of a login or not.
+func (c *client) ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if c.batch {
 		return nil, pool.ErrNobody
 	}
@@ -517,9 +526,6 @@ func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if err == nil && !c.hasTerminal() && !slices.ContainsFunc(answers, func(a string) bool { return a != "" }) {
 		return nil, pool.ErrNobody // ssh without a terminal answers "" at once, every time
 	}
-	if err == nil {
-		c.answered.Store(true)
-	}
 	return answers, err
 }
 
@@ -530,7 +536,7 @@ func (c *client) confirm(ctx context.Context, question string) (bool, error) {
 	}
 	prompt := question + " [yes/no] "
 	for range maxAsked {
-		answers, err := c.Ask(ctx, pool.Question{Title: "muxproxy", Prompts: []pool.Prompt{{Text: prompt, Echo: true}}})
+		answers, err := c.ask(ctx, pool.Question{Title: "muxproxy", Prompts: []pool.Prompt{{Text: prompt, Echo: true}}})
 		switch {
 		case errors.Is(err, pool.ErrNobody):
 			return false, use.ErrNobody
