@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -46,7 +47,7 @@ func (m *pluginMaster) RunPlugin(_ context.Context, _ use.Caller, plugin string,
 }
 
 // serveBackend is serve for any master.
-func (w *world) serveBackend(b control.Backend) {
+func (w *world) serveBackend(b control.Backend) (stop func()) {
 	w.t.Helper()
 	l, err := paths.Listen(w.dirs.Runtime, paths.ControlSocket)
 	if err != nil {
@@ -55,12 +56,14 @@ func (w *world) serveBackend(b control.Backend) {
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	go func() { served <- control.Serve(ctx, l, b) }()
-	w.t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-served; err != nil {
 			w.t.Error(err)
 		}
 	})
+	w.t.Cleanup(stop)
+	return stop
 }
 
 func TestPluginCommands(t *testing.T) {

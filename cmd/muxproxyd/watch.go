@@ -143,7 +143,8 @@ func (a *app) ask(ctx context.Context, interval time.Duration, tell func(seen)) 
 				now.rates = newRates(last, now)
 				last = now
 				tell(seen{look: now})
-			} else {
+			}
+			if err != nil || now.status.Draining { // then another may have its sockets
 				m.Disconnect()
 				m = nil
 			}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/muxproxy/muxproxy/core/bridge"
 	"github.com/muxproxy/muxproxy/core/control"
+	"github.com/muxproxy/muxproxy/core/paths"
 )
 
 func TestRates(t *testing.T) {
@@ -176,13 +179,14 @@ func TestAsk(t *testing.T) {
 	}()
 	until := func(what string, cond func(seen) bool) {
 		t.Helper()
+		late := time.After(20 * time.Second)
 		for {
 			select {
 			case s := <-told:
 				if cond(s) {
 					return
 				}
-			case <-time.After(20 * time.Second):
+			case <-late:
 				t.Fatalf("never %s", what)
 			}
 		}
@@ -193,8 +197,21 @@ func TestAsk(t *testing.T) {
 	until("with rates", func(s seen) bool { return len(s.look.rates) > 0 })
 	stop()
 	until("without it", func(s seen) bool { return errors.Is(s.err, bridge.ErrNoMaster) })
-	w.serveBackend(&pluginMaster{fakeMaster: &fakeMaster{}, pending: waiting()})
+	stop3 := w.serveBackend(&pluginMaster{fakeMaster: &fakeMaster{}, pending: waiting()})
 	until("with the next", func(s seen) bool { return s.err == nil && len(s.look.pending) == 2 })
+	// One that drains still answers on its old connections, but its successor has the sockets.
+	remove := func() {
+		if err := os.Remove(filepath.Join(w.dirs.Runtime, paths.ControlSocket)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remove()
+	w.serve(&fakeMaster{status: control.Status{PID: 2, Draining: true}})
+	stop3()
+	until("with one that drains", func(s seen) bool { return s.look.status.PID == 2 })
+	remove()
+	w.serve(&fakeMaster{status: control.Status{PID: 3}})
+	until("with its successor", func(s seen) bool { return s.look.status.PID == 3 })
 	cancel()
 	<-ended
 }

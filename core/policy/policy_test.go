@@ -649,17 +649,3 @@ func BenchmarkCondition(b *testing.B) {
 		}
 	}
 }
-
-// The gate is 20 µs per use; the race detector makes it some ten times as slow, and leaves room all the same.
-func TestPlainHostCostsNothing(t *testing.T) {
-	best := time.Duration(1 << 62)
-	for range 3 {
-		if r := testing.Benchmark(BenchmarkPlainHost); r.N > 0 {
-			best = min(best, time.Duration(r.NsPerOp()))
-		}
-		if best <= 20*time.Microsecond {
-			return
-		}
-	}
-	t.Errorf("%v per use", best)
-}

@@ -713,7 +713,7 @@ func TestCommands(t *testing.T) {
 		t.Errorf("%+v", w2.list())
 	}
 	// An ID is never given twice, and what is over ends.
-	if code, out := w2.command("add", "-L", spec, "h", "--for", "100ms"); code != 0 || !strings.HasPrefix(out, "4: ") {
+	if code, out := w2.command("add", "-L", spec, "h", "--for", "2s"); code != 0 || !strings.HasPrefix(out, "4: ") {
 		t.Error(code, out)
 	}
 	until(t, "over", func() bool { return len(w2.list()) == 0 })
