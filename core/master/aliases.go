@@ -85,12 +85,7 @@ func (a *aliases) putLocked(key use.Target, l *lead) {
 	if a.known == nil {
 		a.known = map[use.Target]*lead{}
 	}
-	for k := range a.known {
-		if len(a.known) < maxConfigs {
-			break
-		}
-		delete(a.known, k) // any: an answer costs one ssh -G
-	}
+	makeRoom(a.known)
 	a.known[key] = l
 }
 

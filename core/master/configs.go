@@ -11,7 +11,7 @@ import (
 	"github.com/muxproxy/muxproxy/core/wire"
 )
 
-// maxConfigs bounds how many answers of `ssh -G` are kept.
+// maxConfigs bounds how many answers of `ssh -G` are kept, and how many agents are remembered.
 const maxConfigs = 256
 
 // configs keeps answers of `ssh -G` until a file that was read changes.
@@ -64,13 +64,18 @@ func (c *configs) put(h wire.Hello, via []string, r resolution) {
 	if c.byKey == nil {
 		c.byKey = map[[sha256.Size]byte]resolution{}
 	}
-	for k := range c.byKey {
-		if len(c.byKey) < maxConfigs {
+	makeRoom(c.byKey)
+	c.byKey[configKey(h, via)] = r
+}
+
+// makeRoom takes any entries out of a full map: what they hold is found out again when it is missed.
+func makeRoom[K comparable, V any](m map[K]V) {
+	for k := range m {
+		if len(m) < maxConfigs {
 			break
 		}
-		delete(c.byKey, k) // any: an answer costs one ssh -G
+		delete(m, k)
 	}
-	c.byKey[configKey(h, via)] = r
 }
 
 // lastAgents remembers which agent clients of a host had, for logins that no client asks for.
@@ -97,12 +102,7 @@ func (a *lastAgents) putLocked(t use.Target, path string) {
 		return // a client without one says nothing about the others'
 	}
 	t.Alias = ""
-	for k := range a.paths {
-		if len(a.paths) < maxConfigs {
-			break
-		}
-		delete(a.paths, k) // any: the host's next client brings it back
-	}
+	makeRoom(a.paths)
 	a.paths[t] = path
 }
 

@@ -71,10 +71,11 @@ type Master struct {
 	agents     lastAgents
 	plugins    *pluginhost.Manager
 
-	stop     context.CancelCauseFunc // ends Run
-	ending   chan struct{}           // closed when Run is to end
-	draining atomic.Bool
-	locked   atomic.Bool // what the plugins were told of the lock
+	stop       context.CancelCauseFunc // ends Run
+	ending     chan struct{}           // closed when Run is to end
+	draining   atomic.Bool
+	restarting atomic.Bool // another master is being started
+	locked     atomic.Bool // what the plugins were told of the lock
 
 	lastClient atomic.Uint64
 	wg         sync.WaitGroup // clients

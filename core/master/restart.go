@@ -54,6 +54,10 @@ func (m *Master) handOver(ctx context.Context) (pid int, err error) {
 	if !canHandOver {
 		return 0, fmt.Errorf("%w on this system; use `muxproxy master stop --drain`", errors.ErrUnsupported)
 	}
+	if m.restarting.Swap(true) {
+		return 0, errors.New("another restart is under way")
+	}
+	defer m.restarting.Store(false)
 	exe, err := os.Executable()
 	if err != nil {
 		return 0, err
@@ -147,19 +151,21 @@ func (m *Master) drain(handedOver bool) {
 	m.closeListeners(handedOver)
 	m.lock.Share()
 	m.giveUp(handedOver)
-	go func() { // ends with the last client, which ends with Run
+	m.wg.Go(func() { // ends with the last client, which ends with Run
 		// What plugins do by themselves is the next master's: their ports, the connections that they keep.
 		m.plugins.Retire()
 		m.pool.Reconsider()
 		<-idle
-		for t := time.NewTicker(busyEvery); m.busy(); {
+		t := time.NewTicker(busyEvery)
+		defer t.Stop()
+		for m.busy() {
 			select {
 			case <-t.C:
 			case <-m.ending:
 			}
 		}
 		m.stop(errStopped)
-	}()
+	})
 }
 
 // busy reports whether something still runs through a connection.
