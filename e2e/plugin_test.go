@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -24,7 +25,10 @@ import (
 )
 
 // judge is a plugin that does what its blocks say. The test binary plays it.
-type judge struct{ host *plugin.Host }
+type judge struct {
+	first sync.Once // Configure, for host: a later one runs beside the hooks
+	host  *plugin.Host
+}
 
 type judgeBlock struct {
 	Deny []string      `hcl:"deny,optional"` // kinds
@@ -48,7 +52,7 @@ func (j *judge) Describe() plugin.Info {
 }
 
 func (j *judge) Configure(_ context.Context, c *plugin.Config) (problems plugin.Diagnostics) {
-	j.host = c.Host
+	j.first.Do(func() { j.host = c.Host })
 	for _, b := range c.Hosts {
 		for i, kind := range b.Value.(*judgeBlock).Deny {
 			switch kind {

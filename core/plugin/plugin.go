@@ -29,6 +29,7 @@ type Plugin interface {
 	// Values have been read into the structs of Info. If it returns an error the plugin goes on with what it had before,
 	// so it checks first and keeps then. Blocks that hooks get are kept by this package. The policy is not in force yet,
 	// and what c.Host is asked meanwhile is judged by the one before: what has to be done waits for the event "policy".
+	// Hooks run while Configure runs again: what both touch needs a lock, and c.Host can be kept the first time only.
 	Configure(ctx context.Context, c *Config) Diagnostics
 }
 

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -39,7 +40,7 @@ func TestMain(m *testing.M) {
 // judge is a plugin that does as its blocks say.
 type judge struct {
 	info plugin.Info
-	cfg  *plugin.Config
+	cfg  atomic.Pointer[plugin.Config]
 }
 
 type judgeBlock struct {
@@ -68,7 +69,7 @@ func (j *judge) Configure(_ context.Context, c *plugin.Config) plugin.Diagnostic
 			c.Plugin.Warnf(plugin.Path{"limits", plugin.Key("a")}, "high"),
 		}
 	}
-	j.cfg = c
+	j.cfg.Store(c)
 	return nil
 }
 
@@ -92,14 +93,14 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 		return plugin.Deny("late", "")
 	case "decide-own":
 		r.Waiting("own", false)
-		if err := j.cfg.Host.Decide(ctx, r.ID, plugin.Deny("decided by itself", "")); err != nil {
+		if err := j.cfg.Load().Host.Decide(ctx, r.ID, plugin.Deny("decided by itself", "")); err != nil {
 			return plugin.Deny("host: "+err.Error(), "")
 		}
 		<-ctx.Done()
 		return plugin.Allow()
 	case "ask-client":
-		yes, err := j.cfg.Host.Ask(ctx, r.ID, "shall I?\x1b")
-		if other, foreign := j.cfg.Host.Ask(ctx, "not-"+r.ID, "?"); other || foreign == nil {
+		yes, err := j.cfg.Load().Host.Ask(ctx, r.ID, "shall I?\x1b")
+		if other, foreign := j.cfg.Load().Host.Ask(ctx, "not-"+r.ID, "?"); other || foreign == nil {
 			return plugin.Deny("asked about a use that is not its own", "")
 		}
 		return plugin.Deny(fmt.Sprint(yes, " ", err), r.Pos)
@@ -129,7 +130,7 @@ func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Wr
 		fmt.Fprintln(stderr, "what?")
 		return 2
 	}
-	h := j.cfg.Host
+	h := j.cfg.Load().Host
 	fail := func(err error) int {
 		fmt.Fprintln(stderr, err)
 		switch _, refused := errors.AsType[*plugin.LoginError](err); {
@@ -197,7 +198,7 @@ func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Wr
 }
 
 func (j *judge) stream(ctx context.Context, what string, id uint64, args []string, stdout io.Writer) error {
-	h := j.cfg.Host
+	h := j.cfg.Load().Host
 	switch what {
 	case "close":
 		return h.Close(ctx, id)
@@ -323,7 +324,7 @@ func (j *judge) Observe(_ context.Context, e plugin.Event) {
 	if b, ok := e.Connection.Block.(*judgeBlock); ok {
 		host = e.Connection.Target.Host + " " + b.Do
 	}
-	j.cfg.Log.Info().Str("event", e.Kind+e.ID).Str("host", host).Bool("allowed", e.Allowed).Uint64("dropped", e.Dropped).Msg("observed")
+	j.cfg.Load().Log.Info().Str("event", e.Kind+e.ID).Str("host", host).Bool("allowed", e.Allowed).Uint64("dropped", e.Dropped).Msg("observed")
 }
 
 func newJudge(name string) *judge {
