@@ -52,11 +52,11 @@ type client struct {
 	cancel context.CancelCauseFunc
 
 	handshake *local.Handshake
-	batch     bool          // BatchMode: its person is never asked
-	verbose   bool          // ssh -v
-	forwarded string        // identity of the agent that it would forward
-	answered  atomic.Bool   // its person has answered a question of the login
-	upstream  atomic.Uint64 // number of the upstream; 0: not yet
+	batch     bool                      // BatchMode: its person is never asked
+	verbose   bool                      // ssh -v
+	forwarded string                    // identity of the agent that it would forward
+	loggedIn  atomic.Pointer[time.Time] // when its person has logged the upstream in; nil: not yet, or another has
+	upstream  atomic.Uint64             // number of the upstream; 0: not yet
 	relay     atomic.Pointer[relay.Relay]
 
 	envMu    sync.Mutex // guards what follows
@@ -176,7 +176,10 @@ func (c *client) caller() use.Caller {
 		c.envNames = names
 	}
 	who := c.who
-	who.Env, who.LoggedIn = c.env, c.answered.Load()
+	who.Env = c.env
+	if at := c.loggedIn.Load(); at != nil {
+		who.LoggedIn = *at
+	}
 	return who
 }
 
@@ -416,6 +419,9 @@ func (c *client) acquire(spec pool.Spec, failed func(error)) *login {
 			return
 		}
 		c.upstream.Store(l.lease.ID())
+		if at := l.lease.LoggedIn(); !at.IsZero() {
+			c.loggedIn.Store(&at)
+		}
 		if c.verbose {
 			c.say(fmt.Sprintf("debug: on connection %d to %s", l.lease.ID(), c.target.Addr()))
 		}
@@ -495,17 +501,8 @@ func (f front) OpenChannel(kind string, extra []byte) (ssh.Channel, <-chan *ssh.
 
 var _ relay.Client = front{}
 
-// Ask implements pool.Asker: the question appears in the user's own ssh. Whoever has answered one has logged in.
+// Ask implements pool.Asker: the question appears in the user's own ssh.
 func (c *client) Ask(ctx context.Context, q pool.Question) ([]string, error) {
-	answers, err := c.ask(ctx, q)
-	if err == nil {
-		c.answered.Store(true)
-	}
-	return answers, err
-}
-
-// ask puts a question to the person at the client, of a login or not.
-func (c *client) ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if c.batch {
 		return nil, pool.ErrNobody
 	}
@@ -536,7 +533,7 @@ func (c *client) confirm(ctx context.Context, question string) (bool, error) {
 	}
 	prompt := question + " [yes/no] "
 	for range maxAsked {
-		answers, err := c.ask(ctx, pool.Question{Title: "muxproxy", Prompts: []pool.Prompt{{Text: prompt, Echo: true}}})
+		answers, err := c.Ask(ctx, pool.Question{Title: "muxproxy", Prompts: []pool.Prompt{{Text: prompt, Echo: true}}})
 		switch {
 		case errors.Is(err, pool.ErrNobody):
 			return false, use.ErrNobody

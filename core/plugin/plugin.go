@@ -164,7 +164,9 @@ type Use struct {
 	Name      string    // of kind "other" and "control"
 	UID       int       // of the caller
 	Processes []Process // of the caller: who connected, then its parents
-	LoggedIn  bool      // who asks has answered what the login of this connection wanted to know
+	// LoggedIn, in a Request: an answer of who asks has logged this connection in, since this process of the plugin was
+	// started. What it is to stand for, and how often, is the plugin's to count.
+	LoggedIn bool
 }
 
 // Request is a use to be judged.
@@ -236,8 +238,9 @@ type Idle struct {
 // Event is something that happened.
 type Event struct {
 	Time time.Time
-	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
-	// or "wake" of the machine; "policy": the configuration that Configure brought last is in force; "answered":
+	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master (the last
+	// of the two is never lost, and "locked" comes again before "policy" as long as that holds), "sleep" or "wake" of the
+	// machine; "policy": the configuration that Configure brought last is in force; "answered":
 	// `muxproxy allow` or `deny` has answered one of the plugin's own pending uses. More may come.
 	Kind       string
 	ID         string // joins the two records of a use; of "answered", the Request's

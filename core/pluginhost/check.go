@@ -232,7 +232,9 @@ func (s *supervised) authorize(ctx context.Context, u use.Use, block string, say
 	}()
 	late := time.AfterFunc(s.m.o.Timing.First, func() { cancel(errLate) })
 	defer late.Stop()
-	stream, err := inst.Client.Authorize(ctx, &pluginpb.AuthorizeRequest{Id: q.ID, Block: block, Use: useToPB(u)})
+	about := useToPB(u)
+	about.LoggedIn = u.Caller.LoggedIn.After(inst.since) // an earlier process may have let it stand for what comes again
+	stream, err := inst.Client.Authorize(ctx, &pluginpb.AuthorizeRequest{Id: q.ID, Block: block, Use: about})
 	for err == nil {
 		var r *pluginpb.AuthorizeResponse
 		if r, err = stream.Recv(); err != nil {

@@ -145,7 +145,7 @@ func useToPB(u use.Use) *pluginpb.Use {
 	out := &pluginpb.Use{
 		Kind: string(u.Kind), Client: u.Client, Target: targetToPB(u.Target), Command: []byte(u.Command),
 		Subsystem: []byte(u.Subsystem), Addr: []byte(u.Addr), Name: []byte(u.Name), Uid: int64(u.Caller.UID),
-		LoggedIn: u.Caller.LoggedIn,
+		LoggedIn: !u.Caller.LoggedIn.IsZero(),
 	}
 	if u.Kind == use.Exec {
 		out.Program = utf8(use.Program(u.Command))

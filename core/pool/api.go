@@ -60,6 +60,7 @@ type ServerInfo struct {
 	Auth        string // method that logged in, and the key's fingerprint where there is one
 	AgentID     string // Agent.ID if an agent's key logged in, else ""
 	Silent      bool   // the login took no person's answer, touch or time, so that one more like it would take none either
+	Answered    bool   // the last answer that a person gave is part of what logged in
 }
 
 // Conn is one upstream SSH connection. All of it may be used by many goroutines.

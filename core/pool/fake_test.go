@@ -20,6 +20,7 @@ type farm struct {
 	openSSH bool
 	max     int           // sessions that one connection allows (MaxSessions); -1: none
 	person  bool          // each login needs an answer
+	inVain  bool          // and is made with something else
 	takes   time.Duration // for a silent login
 
 	mu     sync.Mutex // guards what follows
@@ -121,7 +122,7 @@ type farmConn struct {
 }
 
 func (c *farmConn) Server() ServerInfo {
-	return ServerInfo{OpenSSH: c.farm.openSSH, Silent: !c.farm.person}
+	return ServerInfo{OpenSSH: c.farm.openSSH, Silent: !c.farm.person, Answered: c.farm.person && !c.farm.inVain}
 }
 
 func (c *farmConn) Mark(class Class) { c.marks.Store(int64(class) + 1) }

@@ -26,8 +26,10 @@ type Lease struct {
 	by     use.Use // the attach
 	silent bool    // that takes no person
 	since  time.Time
-	once   sync.Once
-	homeID atomic.Uint64 // number of home
+	// loggedIn: an answer of the client's person has logged its upstream in. Set before anybody has the lease.
+	loggedIn bool
+	once     sync.Once
+	homeID   atomic.Uint64 // number of home
 
 	mu        sync.Mutex // guards what follows
 	released  bool
@@ -212,6 +214,15 @@ func (l *Lease) Release() {
 
 // ID is the number of the client's home, as in List; 0 after that has ended without the client.
 func (l *Lease) ID() uint64 { return l.homeID.Load() }
+
+// LoggedIn is when the client's person has logged the upstream in, by an answer that was part of what the server took;
+// zero: somebody else has, or nobody had to answer.
+func (l *Lease) LoggedIn() time.Time {
+	if l.loggedIn {
+		return l.since
+	}
+	return time.Time{}
+}
 
 func (l *Lease) setHomeLocked(u *upstream) {
 	l.home = u

@@ -123,9 +123,10 @@ type flight struct {
 	// guarded by Pool.mu
 	waiters []*waiter // oldest first
 	tcpUp   bool
-	unasked bool  // a question has found nobody to answer it
-	drain   bool  // the upstream takes no others than those that wait
-	reason  error // why we ended it
+	unasked bool    // a question has found nobody to answer it
+	last    *waiter // whose person gave the last answer; nil: none did, to this dial or to those of its jump hosts
+	drain   bool    // the upstream takes no others than those that wait
+	reason  error   // why we ended it
 }
 
 type waiter struct {
@@ -409,6 +410,7 @@ func (p *Pool) dial(ctx context.Context, k flightKey, spec Spec, f *flight) {
 		p.ups = append(p.ups, u)
 		for _, w := range f.waiters {
 			w.lease = p.newLeaseLocked(u, keyOf(w.spec), w.spec, w.by)
+			w.lease.loggedIn = w == f.last && conn.Server().Answered
 		}
 	} else if f.err = err; f.reason != nil {
 		f.err = f.reason
@@ -497,6 +499,9 @@ func (a flightAsker) Ask(ctx context.Context, q Question) ([]string, error) {
 		cancel()
 		switch {
 		case err == nil:
+			a.p.mu.Lock()
+			a.f.last = w
+			a.p.mu.Unlock()
 			return answers, nil
 		case ctx.Err() != nil:
 			return nil, ctx.Err()

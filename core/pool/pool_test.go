@@ -831,6 +831,41 @@ func TestAQuestionGoesToTheNextIfTheAskedLeaves(t *testing.T) {
 	}
 }
 
+type askerFunc func() ([]string, error)
+
+func (f askerFunc) Ask(context.Context, Question) ([]string, error) { return f() }
+
+// Whose answer is part of the login has logged in; not who could not answer, who only waited, or who came later.
+func TestWhoHasLoggedIn(t *testing.T) {
+	for _, inVain := range []bool{false, true} {
+		f := &farm{person: true, inVain: inVain}
+		p := newPool(t, f, CloseAtOnce{})
+		began := time.Now()
+		leases := make([]chan *Lease, 3)
+		all := make(chan struct{})
+		for i, a := range []Asker{
+			askerFunc(func() ([]string, error) {
+				<-all
+				return nil, ErrNobody
+			}),
+			yes,
+			askerFunc(func() ([]string, error) { return nil, errors.New("asked though it was answered") }),
+		} {
+			leases[i] = make(chan *Lease, 1)
+			go func() { leases[i] <- acquireAs(t, p, spec("alice"), a) }()
+			eventually(t, "it waits", func() bool { l := p.List(); return len(l) == 1 && l[0].Clients == i+1 })
+		}
+		close(all)
+		got := []*Lease{<-leases[0], <-leases[1], <-leases[2], acquireAs(t, p, spec("alice"), yes)}
+		for i, l := range got {
+			defer l.Release()
+			if at := l.LoggedIn(); at.IsZero() == (i == 1 && !inVain) || !at.IsZero() && at.Before(began) {
+				t.Errorf("in vain: %v; client %d has logged in at %v", inVain, i, at)
+			}
+		}
+	}
+}
+
 // Who comes to a dial that has given up asking is asked by the next one, once, whatever the first one's error says.
 func TestWhoComesAfterTheQuestionIsAskedAgain(t *testing.T) {
 	for name, late := range map[string]struct {

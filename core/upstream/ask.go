@@ -37,6 +37,7 @@ func (d *dialing) ask(ctx context.Context, q pool.Question) ([]string, error) {
 	if len(answers) != len(q.Prompts) {
 		return nil, fmt.Errorf("%d answers to %d questions", len(answers), len(q.Prompts))
 	}
+	d.answers++
 	return answers, nil
 }
 

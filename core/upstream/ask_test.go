@@ -189,6 +189,9 @@ func TestUnknownHost(t *testing.T) {
 			if len(asked) != len(tc.asked) {
 				t.Errorf("asked %d times", len(asked))
 			}
+			if c != nil && c.Server().Answered {
+				t.Error("a yes to the host's key has logged in")
+			}
 			text, _ := os.ReadFile(file)
 			if !regexp.MustCompile("^" + tc.learnt + "$").MatchString(strings.TrimPrefix(string(text), tc.before)) {
 				t.Errorf("the file has %q", text)
@@ -208,6 +211,15 @@ func TestUnknownHost(t *testing.T) {
 				check(t, c.(pool.HostKeyKeeper).HostKeyStillGood(sp))
 			}
 		})
+	}
+}
+
+// Where nobody has to log in, a yes to the host's key has not done so either.
+func TestNobodyLogsIn(t *testing.T) {
+	f := passwordServer(t, &ssh.ServerConfig{NoClientAuth: true})
+	c, line := dialAsking(t, spec(t, f.port, "stricthostkeychecking ask", "userknownhostsfile "+filepath.Join(t.TempDir(), "known")), answering("yes"))
+	if c == nil || c.Server().Auth != "none" || c.Server().Answered {
+		t.Errorf("got %v, %q", c, line)
 	}
 }
 
@@ -265,20 +277,28 @@ func TestHostKeyStillGood(t *testing.T) {
 
 func TestPassphrase(t *testing.T) {
 	good, bad, certified, ca := newKey(t, "ed25519"), newKey(t, "ed25519"), newKey(t, "ed25519"), newKey(t, "ed25519")
+	plain := newKey(t, "ed25519")
 	old, err := rsa.GenerateKey(rand.Reader, 2048)
+	check(t, err)
+	unknown, err := rsa.GenerateKey(rand.Reader, 2048)
 	check(t, err)
 	oldSigner, err := ssh.NewSignerFromKey(old)
 	check(t, err)
 	dir := t.TempDir()
-	s := startSSHD(t, newKey(t, "ed25519"), []key{good, {pub: oldSigner.PublicKey()}}, "TrustedUserCAKeys "+write(t, dir, "ca.pub", ca.line()))
+	s := startSSHD(t, newKey(t, "ed25519"), []key{good, plain, {pub: oldSigner.PublicKey()}}, "TrustedUserCAKeys "+write(t, dir, "ca.pub", ca.line()))
 	locked := good.file(t, dir, "locked", "secret")
 	useless := bad.file(t, dir, "useless", "secret")
+	open := plain.file(t, dir, "open", "")
 	pair := certified.file(t, dir, "pair", "secret")
 	write(t, dir, "pair-cert.pub", string(ssh.MarshalAuthorizedKey(ca.certify(t, certified.pub, ssh.UserCert, 0, me(t)))))
 	//lint:ignore SA1019 ssh still reads keys in this format, so they have to be read here
 	block, err := x509.EncryptPEMBlock(rand.Reader, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(old), []byte("secret"), x509.PEMCipherAES128)
 	check(t, err)
 	oldFile := write(t, dir, "old", string(pem.EncodeToMemory(block)))
+	//lint:ignore SA1019 as above; such a file does not say what its public half is
+	block, err = x509.EncryptPEMBlock(rand.Reader, "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(unknown), []byte("secret"), x509.PEMCipherAES128)
+	check(t, err)
+	bare := write(t, dir, "bare", string(pem.EncodeToMemory(block)))
 	t.Setenv("HOME", "/nonexistent")
 	prompt := func(path string) string { return "muxproxy||Enter passphrase for key '" + path + "': " }
 
@@ -288,6 +308,7 @@ func TestPassphrase(t *testing.T) {
 		answers []string
 		asked   []string
 		auth    string
+		others  bool // what a person has answered was not what logged in
 		fails   []string
 	}{
 		{name: "right", options: []string{"identityfile " + locked}, answers: []string{"secret"}, asked: []string{prompt(locked)}, auth: fingerprint(good.pub)},
@@ -310,6 +331,10 @@ func TestPassphrase(t *testing.T) {
 		{name: "old format with its public half", options: []string{"identityfile " + oldFile, "identityfile " + locked, "pubkeyacceptedalgorithms ssh-ed25519"},
 			answers: []string{"", "secret"}, asked: []string{prompt(oldFile), prompt(locked)}, auth: fingerprint(good.pub)},
 		{name: "certificate", options: []string{"identityfile " + pair}, answers: []string{"secret"}, asked: []string{prompt(pair)}, auth: "ED25519-CERT"},
+		{name: "a key that needs none, after one that could not be unlocked", options: []string{"identityfile " + locked, "identityfile " + open},
+			answers: []string{"wrong", ""}, asked: []string{prompt(locked), prompt(locked)}, auth: fingerprint(plain.pub), others: true},
+		{name: "after one that is unlocked and not taken", options: []string{"identityfile " + bare, "identityfile " + open},
+			answers: []string{"secret"}, asked: []string{prompt(bare)}, auth: fingerprint(plain.pub), others: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := answering(tc.answers...)
@@ -323,6 +348,9 @@ func TestPassphrase(t *testing.T) {
 			}
 			if c != nil && !strings.HasPrefix(c.Server().Auth, "publickey "+tc.auth) {
 				t.Errorf("got %q", c.Server().Auth)
+			}
+			if c != nil && c.Server().Answered == tc.others {
+				t.Errorf("an answer has logged in: %v", c.Server().Answered)
 			}
 		})
 	}
@@ -363,6 +391,7 @@ func TestAddKeysToAgent(t *testing.T) {
 		{value: "ask", file: locked, answers: []string{"secret", "yes"}, question: true, added: true},
 		{value: "ask", file: locked, answers: []string{"secret", "no"}, question: true},
 		{value: "ask", file: locked, answers: []string{"secret"}, question: true}, // nobody
+		{value: "ask", file: open, answers: []string{"yes"}, added: true},
 		{value: "confirm", file: locked, answers: []string{"secret"}, added: true, confirm: true},
 		{value: "3600", file: locked, answers: []string{"secret"}, added: true, lifetime: 3600},
 		{value: "confirm 60", file: locked, answers: []string{"secret"}, added: true, confirm: true, lifetime: 60},
@@ -379,6 +408,9 @@ func TestAddKeysToAgent(t *testing.T) {
 		}
 		if c.Server().AgentID != "" {
 			t.Errorf("%s: the agent is said to have logged in", tc.value)
+		}
+		if c.Server().Answered != (tc.file == locked) {
+			t.Errorf("%s: a passphrase has logged in: %v", tc.value, c.Server().Answered)
 		}
 		if got := slices.Contains(p.transcript(), question); got != tc.question {
 			t.Errorf("%s: asked %q", tc.value, p.transcript())
@@ -455,6 +487,7 @@ func TestQuestionsOfTheLogin(t *testing.T) {
 		answers []string
 		asked   []string
 		auth    string
+		others  bool // what a person has answered was not what logged in
 		fails   []string
 	}{
 		{name: "password", server: &ssh.ServerConfig{PasswordCallback: takes("secret")}, answers: []string{"secret"}, asked: []string{first}, auth: "password"},
@@ -496,6 +529,13 @@ func TestQuestionsOfTheLogin(t *testing.T) {
 				return nil, nil
 			}}}
 		}}, options: []string{id}, answers: []string{"p"}, asked: []string{first}, auth: "publickey " + fingerprint(user.pub)},
+		{name: "a wrong password, then key", server: &ssh.ServerConfig{PasswordCallback: takes("p"), PublicKeyCallback: func(_ ssh.ConnMetadata, k ssh.PublicKey) (*ssh.Permissions, error) {
+			if !sameKey(k, user.pub) {
+				return nil, errNo
+			}
+			return nil, nil
+		}}, options: []string{id, "preferredauthentications password,publickey", "numberofpasswordprompts 1"}, answers: []string{"x"}, asked: []string{first},
+			auth: "publickey " + fingerprint(user.pub), others: true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := passwordServer(t, tc.server)
@@ -512,6 +552,9 @@ func TestQuestionsOfTheLogin(t *testing.T) {
 			}
 			if c != nil && c.Server().Auth != tc.auth {
 				t.Errorf("got %q", c.Server().Auth)
+			}
+			if c != nil && c.Server().Answered == tc.others {
+				t.Errorf("an answer has logged in: %v", c.Server().Answered)
 			}
 			if tc.auth == "keyboard-interactive" {
 				if said := heard.get(&heard.say); !slices.Equal(said, []string{"server 127.0.0.1: Welcome", "server 127.0.0.1: back"}) {

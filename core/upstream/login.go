@@ -35,6 +35,8 @@ type login struct {
 	steps     int    // partial successes
 	signed    *identity
 	agentUsed bool // for a step that succeeded
+	before    int  // answers when the attempt began that is under way
+	proof     int  // answers up to the last one that a step which has succeeded was made with; 0: none was
 
 	passwords    int  // asked for
 	passwordOpen bool // the last one was sent, and nothing but FAILURE is expected
@@ -69,6 +71,7 @@ type identity struct {
 	offered bool
 	used    bool   // it made a step of the login
 	added   bool   // AddKeysToAgent has been thought of
+	answer  int    // answers up to the one that has unlocked it; 0: none has
 	lacks   string // why there is no signer, if that is worth telling
 }
 
@@ -130,12 +133,13 @@ func (i *identity) private() (ssh.AlgorithmSigner, error) {
 		if err != nil {
 			return nil, err
 		}
-		i.signer = certSigner(i.pub.(*ssh.Certificate), key)
+		i.signer, i.answer = certSigner(i.pub.(*ssh.Certificate), key), i.base.answer
 	case i.locked:
 		if err := i.unlock(); err != nil {
 			return nil, err
 		}
 		i.addToAgent()
+		i.answer = i.login.answers
 	}
 	if i.signer == nil {
 		return nil, errors.New("no private key")
@@ -229,7 +233,7 @@ func (l *login) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 			if l.method != method {
 				l.debugf("Next authentication method: %s", method)
 			}
-			l.method = method
+			l.method, l.before = method, l.answers
 			return auth, nil
 		}
 	}
@@ -240,9 +244,16 @@ func (l *login) next(c *ssh.ClientAuthContext) (ssh.AuthMethod, error) {
 
 // succeeded records what the step that is over was made with.
 func (l *login) succeeded() {
-	if l.method == "publickey" && l.signed != nil {
+	switch {
+	case l.method == "publickey":
+		if l.signed == nil {
+			return
+		}
 		l.signed.used = true
 		l.agentUsed = l.agentUsed || l.signed.agent
+		l.proof = max(l.proof, l.signed.answer)
+	case l.method != "" && l.answers > l.before: // the others ask for each try
+		l.proof = l.answers
 	}
 }
 

@@ -74,6 +74,7 @@ type dialing struct {
 	guard  *guard
 	// personal: a person had a part in the login.
 	personal bool
+	answers  int // that a person has given
 
 	telling sync.Mutex // held while a callback of spec runs; guards told
 	told    bool       // Dial has returned
@@ -288,7 +289,7 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 		HostKey: hostKey,
 	}
 	info.Auth, info.AgentID = login.result()
-	info.Silent = !d.personal
+	info.Silent, info.Answered = !d.personal, login.proof > 0 && login.proof == d.answers
 	if m, ok := sc.(ssh.AlgorithmsConnMetadata); ok {
 		a := m.Algorithms()
 		login.negotiated(a)

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Kind is what a client asks for.
@@ -68,8 +69,9 @@ type Caller struct {
 	// Env holds the variables that policy refers to, of the process that started the client. They can be secret, and
 	// whoever starts a client chooses them.
 	Env map[string]string `json:"-"`
-	// LoggedIn says that the person at this client has answered what the login of its connection wanted to know.
-	LoggedIn bool `json:"-"`
+	// LoggedIn is when the person at this client has logged its connection in, by an answer to what that login wanted to
+	// know; zero: not this one.
+	LoggedIn time.Time `json:"-"`
 }
 
 // Use is one thing that a client asks for.

@@ -1161,7 +1161,7 @@ type Use struct {
 	Name          []byte                 `protobuf:"bytes,8,opt,name=name,proto3" json:"name,omitempty"`                           // kind "other" and "control"
 	Uid           int64                  `protobuf:"varint,9,opt,name=uid,proto3" json:"uid,omitempty"`                            // of the caller
 	Processes     []*Process             `protobuf:"bytes,10,rep,name=processes,proto3" json:"processes,omitempty"`                // of the caller: who connected, then its parents
-	LoggedIn      bool                   `protobuf:"varint,11,opt,name=logged_in,json=loggedIn,proto3" json:"logged_in,omitempty"` // who asks has answered what the login of this connection wanted to know
+	LoggedIn      bool                   `protobuf:"varint,11,opt,name=logged_in,json=loggedIn,proto3" json:"logged_in,omitempty"` // in Authorize: an answer of who asks has logged this connection in, since this process of the plugin was started
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1720,7 +1720,8 @@ func (x *RetainResponse) GetUntil() *timestamppb.Timestamp {
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
-	// "decision", "end", "up", "down", "locked", "unlocked", "sleep", "wake"; "policy": what Configure brought is in force, and
+	// "decision", "end", "up", "down", "locked", "unlocked" (the last of the two is never lost, and "locked" comes again before
+	// "policy" as long as that holds), "sleep", "wake"; "policy": what Configure brought is in force, and
 	// the plugin's calls are judged by it; "answered": `muxproxy allow` or `deny` has answered one of the plugin's own pending
 	// uses. More may come.
 	Kind          string      `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
