@@ -188,10 +188,12 @@ func (m *Master) run(ctx context.Context) error {
 	if err != nil {
 		m.log.Error().Err(err).Msg("lock")
 	}
+	locked := m.lock.State().Locked
 	m.plugins = pluginhost.New(pluginhost.Options{
 		Dir: m.sockets, State: m.opts.Dirs.State, Env: pluginhost.Environment(m.opts.Getenv), Backend: backend{m}, Log: m.log,
+		Locked: locked,
 	})
-	m.locked.Store(m.lock.State().Locked)
+	m.locked.Store(locked)
 	m.lock.OnChange(m.lockChanged)
 	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, m.plugins.Check)
 	m.authority, err = local.NewAuthority(m.knownHosts.add)

@@ -20,7 +20,7 @@ const maxEvents = 256
 type Event struct {
 	Time time.Time
 	// Kind is "decision" or "end" of a use, "up" or "down" of a connection, "locked" or "unlocked" of the master, "sleep"
-	// or "wake" of the machine. "policy" is the Manager's own.
+	// or "wake" of the machine. "policy" is the Manager's own, which also tells "locked" anew to a plugin that starts.
 	Kind string
 	ID   string // joins the two records of a use
 	// Use is set for the first two kinds, Connection for the next two.
@@ -43,6 +43,11 @@ func (e Event) concerns(plugin string, l Lookup) bool {
 
 // Observe tells the plugins that may know. It never blocks: what a plugin does not take in time is dropped and counted.
 func (m *Manager) Observe(e Event) {
+	if lockChange(e.Kind) {
+		m.telling.Lock()
+		defer m.telling.Unlock()
+		m.locked = e.Kind == "locked"
+	}
 	s := m.set()
 	var wire *pluginpb.Event
 	for _, p := range s.plugins {
@@ -73,11 +78,21 @@ func (s *Set) block(plugin string, t use.Target) string {
 	return id
 }
 
-// tellPolicy tells a plugin that its configuration is in force.
+// lockChange reports whether events of a kind are about the lock. The last of them is never lost.
+func lockChange(kind string) bool { return kind == "locked" || kind == "unlocked" }
+
+// tellPolicy tells a plugin that its configuration is in force, and that the lock holds, if it does: its process may be
+// another one than that which was told.
 func (s *supervised) tellPolicy() {
-	if d := s.description(); d != nil && d.hook("observe") && s.has(plugin.CanObserve) {
-		s.events.add(eventToPB(Event{Time: time.Now(), Kind: "policy"}))
+	if d := s.description(); d == nil || !d.hook("observe") || !s.has(plugin.CanObserve) {
+		return
 	}
+	s.m.telling.Lock()
+	defer s.m.telling.Unlock()
+	if s.m.locked {
+		s.events.add(eventToPB(Event{Time: time.Now(), Kind: "locked"}))
+	}
+	s.events.add(eventToPB(Event{Time: time.Now(), Kind: "policy"}))
 }
 
 // Observed reports whether there is a plugin that Observe tells anything.
@@ -92,9 +107,10 @@ func (m *Manager) Observed() bool {
 type events struct {
 	mu    sync.Mutex // guards what follows
 	queue []*pluginpb.Event
-	lost  uint64        // since the last one that went
-	total uint64        // lost ever
-	more  chan struct{} // has one element if the queue may have something
+	lock  *pluginpb.Event // the lock's last change, if there was no room for it: it comes late
+	lost  uint64          // since the last one that went
+	total uint64          // lost ever
+	more  chan struct{}   // has one element if the queue may have something
 }
 
 func newEvents() *events { return &events{more: make(chan struct{}, 1)} }
@@ -103,6 +119,11 @@ func (q *events) add(e *pluginpb.Event) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if len(q.queue) >= maxEvents {
+		if lockChange(e.GetKind()) {
+			if e, q.lock = q.lock, e; e == nil {
+				return
+			}
+		}
 		q.lost++
 		q.total++
 		return
@@ -123,6 +144,9 @@ func (q *events) take() (*pluginpb.Event, uint64) {
 	}
 	e, lost := q.queue[0], q.lost
 	q.queue, q.lost = q.queue[1:], 0
+	if q.lock != nil {
+		q.queue, q.lock = append(q.queue, q.lock), nil
+	}
 	return e, lost
 }
 
@@ -130,7 +154,7 @@ func (q *events) take() (*pluginpb.Event, uint64) {
 func (q *events) clear() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.queue, q.lost = nil, 0
+	q.queue, q.lock, q.lost = nil, nil, 0
 }
 
 func (q *events) dropped() uint64 {

@@ -81,6 +81,8 @@ func (j *judge) Authorize(ctx context.Context, r *plugin.Request) plugin.Decisio
 		return plugin.Deny("not "+r.Use.Kind+"\x1b[2J", "ask later")
 	case "pass":
 		return plugin.NoOpinion()
+	case "logged-in":
+		return plugin.Deny(fmt.Sprint(r.Use.LoggedIn), "")
 	case "none":
 		return plugin.Decision{}
 	case "wait": // longer than the deadline for the first answer, until somebody decides

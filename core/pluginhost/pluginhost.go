@@ -135,6 +135,7 @@ type Options struct {
 	State   string        // what plugins keep: a directory that is checked, in which "plugins" is made
 	Env     []string
 	Backend Backend // nil: plugins can't do anything
+	Locked  bool    // the lock holds already; what changes that is told by Observe
 	Log     zerolog.Logger
 	Timing  Timing
 }
@@ -144,6 +145,9 @@ type Options struct {
 type Manager struct {
 	o       Options
 	streams *streams // nil until a plugin is first mentioned
+
+	telling sync.Mutex // keeps what plugins are told of the lock in order; guards locked
+	locked  bool
 
 	mu      sync.Mutex // guards what follows
 	current *Set       // in force
@@ -166,7 +170,7 @@ func New(o Options) *Manager {
 	if o.Backend == nil {
 		o.Backend = nowhere{}
 	}
-	m := &Manager{o: o, pending: map[string]*pending{}}
+	m := &Manager{o: o, locked: o.Locked, pending: map[string]*pending{}}
 	m.current = &Set{m: m}
 	return m
 }

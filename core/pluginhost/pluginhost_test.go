@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +19,7 @@ import (
 	"github.com/zclconf/go-cty/cty"
 	"go.uber.org/goleak"
 
+	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/pool"
 	"github.com/muxproxy/muxproxy/core/use"
 )
@@ -514,6 +516,91 @@ func TestObserve(t *testing.T) {
 	if d := w.check(use.Exec, "h"); d != nil {
 		t.Errorf("meanwhile: %v", d)
 	}
+}
+
+// However much is lost, a plugin learns in the end whether the lock holds; and a change that another one hides is counted.
+func TestTheLockIsNotLost(t *testing.T) {
+	for _, changes := range [][]string{{"locked"}, {"locked", "unlocked"}, {"locked", "unlocked", "locked"}} {
+		q := newEvents()
+		for range maxEvents {
+			q.add(&pluginpb.Event{Kind: "use"})
+		}
+		for _, kind := range changes {
+			q.add(&pluginpb.Event{Kind: kind})
+		}
+		_, lost := q.take()
+		if want := uint64(len(changes) - 1); lost != want || q.dropped() != want {
+			t.Errorf("%q: %d lost", changes, lost)
+		}
+		q.add(&pluginpb.Event{Kind: "late"}) // there is no room for it again
+		var got []string
+		for e, _ := q.take(); e != nil; e, _ = q.take() {
+			if e.GetKind() != "use" {
+				got = append(got, e.GetKind())
+			}
+		}
+		if !slices.Equal(got, changes[len(changes)-1:]) {
+			t.Errorf("%q: %q", changes, got)
+		}
+	}
+	q := newEvents()
+	for range maxEvents {
+		q.add(&pluginpb.Event{Kind: "use"})
+	}
+	q.add(&pluginpb.Event{Kind: "locked"})
+	q.clear()
+	q.add(&pluginpb.Event{Kind: "last"})
+	if e, _ := q.take(); e.GetKind() != "last" {
+		t.Errorf("%v", e)
+	}
+	if e, _ := q.take(); e != nil {
+		t.Errorf("after clear: %v", e)
+	}
+}
+
+// A plugin that starts while the lock holds is told; and a login that an earlier process may have let stand for a use does
+// not count for this one.
+func TestAStartUnderTheLock(t *testing.T) {
+	w := newWorld(t, Timing{})
+	a := spec(t, "a", "")
+	a.May = []string{"observe"}
+	w.m.locked = true // as Options.Locked has it
+	w.run([]Plugin{a}, block("a", "h", "logged-in"))
+	told := func(kind string, times int) {
+		t.Helper()
+		got := func() int { return strings.Count(w.log.String(), `\"event\":\"`+kind+`\"`) }
+		for end := time.Now().Add(20 * time.Second); got() < times && time.Now().Before(end); {
+			time.Sleep(time.Millisecond) // polling: the log has no event
+		}
+		if n := got(); n != times {
+			t.Fatalf("told %q %d times, want %d", kind, n, times)
+		}
+	}
+	who := use.Caller{LoggedIn: time.Now()}
+	judged := func() string {
+		return w.m.Check(t.Context(), use.Use{Kind: use.Exec, Target: target("h"), Caller: who}, nil).Error()
+	}
+	told("policy", 1)
+	told("locked", 1)
+	if got := judged(); got != "denied by a: true" {
+		t.Error(got)
+	}
+	crash := func() {
+		was, _ := w.m.set().find("a").up()
+		was.Kill()
+		w.upAgain("a", was)
+	}
+	crash()
+	told("policy", 2)
+	told("locked", 2)
+	if got := judged(); got != "denied by a: false" {
+		t.Errorf("after a crash: %s", got)
+	}
+	w.m.Observe(Event{Time: time.Now(), Kind: "unlocked"})
+	told("unlocked", 1)
+	crash()
+	told("policy", 3)
+	told("locked", 2)
 }
 
 // fakeBackend is a master with connections 1 (to h), 2 (to foreign). Dialling "echo" gives a stream that echoes.
