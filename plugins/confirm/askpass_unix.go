@@ -74,16 +74,19 @@ func run(ctx context.Context, path string, env []string, prompt string) answer {
 	var reading sync.WaitGroup
 	reading.Go(func() { output = readSome(out, maxAnswer+1) })
 	reading.Go(func() { complaint = readSome(errs, 4096) })
-	stop := context.AfterFunc(ctx, func() { killGroup(cmd.Process.Pid) })
+	group := &group{cmd: cmd}
+	stop := context.AfterFunc(ctx, group.kill)
 	inTime := false
 	held := awaitEnd(cmd.Process.Pid)
 	if held { // its pid, and so its group's, is nobody else's before Wait
 		inTime = stop()
-		killGroup(cmd.Process.Pid)
+		group.kill()
+		group.leave()
 	}
 	err = cmd.Wait()
 	if !held {
 		inTime = stop()
+		group.leave()
 	}
 	late := time.AfterFunc(drainTime, func() {
 		_ = out.SetReadDeadline(time.Unix(1, 0))
@@ -112,4 +115,29 @@ func lastLine(b []byte) string {
 	return brief(strings.TrimSpace(lines[len(lines)-1]), maxClaim)
 }
 
-func killGroup(pid int) { _ = syscall.Kill(-pid, syscall.SIGKILL) }
+// group is the process group of a program that runs. When that has been waited for, its number may be another's.
+type group struct {
+	cmd  *exec.Cmd
+	mu   sync.Mutex // held while it is killed; guards left
+	left bool
+}
+
+// kill kills all of it, unless it was left. Where a program can't be held before it is waited for (awaitEnd), that may come
+// between the look at it and the kill.
+func (g *group) kill() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.left && !errors.Is(g.cmd.Process.Signal(syscall.Signal(0)), os.ErrProcessDone) {
+		killGroup(g.cmd.Process.Pid)
+	}
+}
+
+// leave ends all killing, and waits for what is under way.
+func (g *group) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.left = true
+}
+
+// killGroup is replaced in tests.
+var killGroup = func(pid int) { _ = syscall.Kill(-pid, syscall.SIGKILL) }

@@ -1,6 +1,7 @@
 package confirm
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -66,7 +67,7 @@ func (c *confirm) Command(_ context.Context, args []string, stdout, stderr io.Wr
 
 func (g *grant) shown() shown {
 	s := shown{
-		ID: g.name(), Host: g.key.host, Kind: g.key.kind, Process: base(g.who), PID: g.who.PID, Since: g.since, Lasts: g.lasts(),
+		ID: g.name(), Host: g.host, Kind: cmp.Or(g.key.kind, "all"), Process: base(g.who), PID: g.who.PID, Since: g.since, Lasts: g.lasts(),
 		Policy: g.pos,
 	}
 	if end := g.ends(); !end.IsZero() {
@@ -88,7 +89,7 @@ func (c *confirm) table(out io.Writer) int {
 		if end := g.ends(); !end.IsZero() {
 			left = time.Until(end).Round(time.Second).String()
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", g.name(), plugin.Printable(g.key.host), kindLabel(g.key.kind), processName(g.who),
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", g.name(), plugin.Printable(g.host), g.what(), processName(g.who),
 			g.since.Format(time.TimeOnly), left, place(g.pos))
 	}
 	if w.Flush() != nil {

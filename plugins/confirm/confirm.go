@@ -37,7 +37,7 @@ func newConfirm() *confirm {
 	c := &confirm{
 		run: run, program: program, display: newSessions().display, hold: hold, turns: newTurns(), grants: newGrants(),
 		log: zerolog.Nop(), rules: map[string]bool{}, questions: map[key]*question{}, open: map[*question]bool{},
-		clients: map[uint64]*client{},
+		clients: map[uint64]map[string]bool{},
 	}
 	c.ctx, c.stop = context.WithCancelCause(context.Background())
 	return c
@@ -63,16 +63,10 @@ type confirm struct {
 	askpass   string          // of the plugin block
 	rules     map[string]bool // of the blocks in force
 	questions map[key]*question
-	open      map[*question]bool // those of questions, and those that nobody can join
-	clients   map[uint64]*client
-	floor     uint64 // clients up to this number that are not among clients were forgotten
+	open      map[*question]bool         // those of questions, and those that nobody can join
+	clients   map[uint64]map[string]bool // of those that have logged in: the kinds of use that this has stood for
+	floor     uint64                     // clients up to this number that are not among clients were forgotten
 	closed    bool
-}
-
-// client is what is remembered of one.
-type client struct {
-	loggedIn  map[string]bool // kinds of use that its login has stood for
-	confirmed bool            // its person has said yes in its terminal
 }
 
 // Describe implements plugin.Plugin.
@@ -125,7 +119,7 @@ func (c *confirm) Configure(ctx context.Context, cfg *plugin.Config) plugin.Diag
 	c.mu.Lock()
 	c.host, c.log, c.askpass, c.rules = cfg.Host, cfg.Log, cfg.Plugin.Value.(*own).Askpass, rules
 	c.mu.Unlock()
-	c.forgotten(c.grants.forget(func(g *grant) bool { return !rules[g.key.rule] }), "policy has changed")
+	c.forgotten(c.grants.forget(func(g *grant) bool { return g.key.client == 0 && !rules[g.key.rule] }), "policy has changed")
 	return ds
 }
 
@@ -143,8 +137,7 @@ func (c *confirm) Close() error {
 // Observe implements plugin.Observer.
 func (c *confirm) Observe(ctx context.Context, e plugin.Event) {
 	if e.Dropped > 0 {
-		// What was lost may have been the lock, or a connection's end.
-		c.unconfirm()
+		// What was lost may have been the lock, or the end of a connection or a client.
 		c.forgotten(c.grants.forget(func(*grant) bool { return true }), "events were lost")
 	}
 	switch e.Kind {
@@ -154,7 +147,6 @@ func (c *confirm) Observe(ctx context.Context, e plugin.Event) {
 			q.cancel(errLocked)
 		}
 		c.mu.Unlock()
-		c.unconfirm()
 		c.forgotten(c.grants.forget(func(*grant) bool { return true }), "locked")
 	case "down":
 		c.down(ctx)
@@ -163,6 +155,7 @@ func (c *confirm) Observe(ctx context.Context, e plugin.Event) {
 			c.mu.Lock()
 			delete(c.clients, e.Use.Client)
 			c.mu.Unlock()
+			c.grants.forget(func(g *grant) bool { return g.key.client != 0 && g.key.client == e.Use.Client })
 		}
 	case "answered":
 		c.answered(e.ID, e.Allowed)
@@ -212,17 +205,14 @@ func (c *confirm) Authorize(ctx context.Context, r *plugin.Request) plugin.Decis
 	case b.Ask == deny:
 		return plugin.Deny(fmt.Sprintf("policy says no to %s without asking", kindLabel(u.Kind)), "see "+place(r.Pos))
 	}
-	if c.stands(u, b) {
+	if b.Fallback == terminal && u.Client != 0 && c.grants.has(key{client: u.Client}, nil) || c.stands(u) {
 		return plugin.Allow()
 	}
 	who, bound := scopeOf(u.Processes)
 	k := key{host: hostOf(u.Target), kind: u.Kind, rule: b.rule(r.Pos)}
 	if bound {
 		k.scope = scope{who.PID, who.Start}
-		if ok, atTerminal := c.grants.has(k); ok {
-			if atTerminal {
-				c.confirmed(u)
-			}
+		if c.grants.has(k, clientGrant(u, r.Pos)) {
 			return plugin.Allow()
 		}
 	}
@@ -237,9 +227,6 @@ func (c *confirm) Authorize(ctx context.Context, r *plugin.Request) plugin.Decis
 		return plugin.Deny(err.Error(), "try again")
 	}
 	a := c.await(ctx, q, r)
-	if a.verdict == yes && a.atTerminal {
-		c.confirmed(u)
-	}
 	if coming && a.verdict == noWay {
 		return plugin.NoOpinion()
 	}
@@ -294,54 +281,34 @@ func duration(d time.Duration) string {
 	return s
 }
 
-// stands reports whether something that a client's person has done stands for an answer: the login of the connection, for
-// the first use of each kind, since later ones may be other programs' (through a forward, or an ssh that is a ControlMaster);
-// or a yes in its terminal.
-func (c *confirm) stands(u plugin.Use, b *block) bool {
-	if u.Client == 0 {
+// clientGrant is a yes in a client's terminal; nil if there is no client. pos is the block that wanted it.
+func clientGrant(u plugin.Use, pos string) *grant {
+	if u.Client == 0 || len(u.Processes) == 0 {
+		return nil
+	}
+	return &grant{key: key{client: u.Client}, host: hostOf(u.Target), who: u.Processes[max(0, sshOf(u.Processes))], pos: pos}
+}
+
+// stands reports whether a client's login of the connection stands for an answer. It does for the first use of each kind,
+// since later ones may be other programs' (through a forward, or an ssh that is a ControlMaster).
+func (c *confirm) stands(u plugin.Use) bool {
+	if u.Client == 0 || !u.LoggedIn {
 		return false
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if one := c.clients[u.Client]; one != nil && one.confirmed && b.Fallback == terminal {
-		return true
-	}
-	if !u.LoggedIn {
+	stood := c.stood(u.Client)
+	if stood == nil || stood[u.Kind] {
 		return false
 	}
-	one := c.client(u.Client)
-	if one == nil || one.loggedIn[u.Kind] {
-		return false
-	}
-	one.loggedIn[u.Kind] = true
+	stood[u.Kind] = true
 	return true
 }
 
-// confirmed notes that the person at a client has said yes in its terminal.
-func (c *confirm) confirmed(u plugin.Use) {
-	if u.Client == 0 {
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if one := c.client(u.Client); one != nil {
-		one.confirmed = true
-	}
-}
-
-// unconfirm ends what was said yes to in clients' terminals.
-func (c *confirm) unconfirm() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, one := range c.clients {
-		one.confirmed = false
-	}
-}
-
-// client returns what is remembered of one; nil: it was forgotten. mu is held.
-func (c *confirm) client(id uint64) *client {
-	if one := c.clients[id]; one != nil || id <= c.floor {
-		return one
+// stood returns the kinds of use that a client's login has stood for; nil: that was forgotten. mu is held.
+func (c *confirm) stood(id uint64) map[string]bool {
+	if stood := c.clients[id]; stood != nil || id <= c.floor {
+		return stood
 	}
 	if len(c.clients) >= maxClients { // the master tells of ends; this is for those whose end was lost
 		oldest := id
@@ -353,9 +320,8 @@ func (c *confirm) client(id uint64) *client {
 			return nil
 		}
 	}
-	one := &client{loggedIn: map[string]bool{}}
-	c.clients[id] = one
-	return one
+	c.clients[id] = map[string]bool{}
+	return c.clients[id]
 }
 
 // record adds a line to the audit log.
@@ -376,6 +342,6 @@ func (c *confirm) record(event, target, detail string) {
 // forgotten records answers that have ended.
 func (c *confirm) forgotten(list []grant, why string) {
 	for _, g := range list {
-		c.record("forget", g.key.host, fmt.Sprintf("answer %s, %s for %s: %s", g.name(), g.key.kind, processName(g.who), why))
+		c.record("forget", g.host, fmt.Sprintf("answer %s, %s for %s: %s", g.name(), g.what(), processName(g.who), why))
 	}
 }

@@ -138,7 +138,7 @@ func (c *confirm) put(q *question, r *plugin.Request) {
 	if a.verdict == cancelled && a.why == "" {
 		a.why = context.Cause(q.ctx).Error()
 	}
-	var made *grant
+	var made []grant
 	if a.verdict == yes {
 		made = c.grant(q, a)
 	}
@@ -148,6 +148,13 @@ func (c *confirm) put(q *question, r *plugin.Request) {
 	}
 	delete(c.open, q)
 	total := q.total
+	if a.verdict == yes && a.atTerminal && q.ctx.Err() == nil { // else the lock has come
+		for _, r := range q.waiting {
+			if g := clientGrant(r.Use, q.pos); g != nil {
+				made = append(made, c.grants.add(*g))
+			}
+		}
+	}
 	q.answer = a
 	close(q.done)
 	c.mu.Unlock()
@@ -160,9 +167,8 @@ func (c *confirm) put(q *question, r *plugin.Request) {
 		detail += fmt.Sprintf("; for %d uses", total)
 	}
 	c.record("answer", u.Target.String(), detail)
-	if made != nil {
-		c.record("grant", u.Target.String(), fmt.Sprintf("answer %s counts for %s of %s, %s", made.name(), kindLabel(made.key.kind),
-			processName(made.who), made.lasts()))
+	for _, g := range made {
+		c.record("grant", u.Target.String(), fmt.Sprintf("answer %s counts for %s of %s, %s", g.name(), g.what(), processName(g.who), g.lasts()))
 	}
 }
 
@@ -317,9 +323,9 @@ func (q *question) lasts() string {
 // processName is a process for a person.
 func processName(p plugin.Process) string { return fmt.Sprintf("%s (%d)", named(p), p.PID) }
 
-// grant makes a yes count on, if the block says so; nil if not.
-func (c *confirm) grant(q *question, a answer) *grant {
-	g := grant{key: q.key, who: q.who, pos: q.pos, atTerminal: a.atTerminal}
+// grant makes a yes count on, if the block says so.
+func (c *confirm) grant(q *question, a answer) []grant {
+	g := grant{key: q.key, host: q.key.host, who: q.who, pos: q.pos, atTerminal: a.atTerminal}
 	remember, _ := q.block.remember() // it was checked
 	switch {
 	case !q.bound:
@@ -343,8 +349,7 @@ func (c *confirm) grant(q *question, a answer) *grant {
 		g.held.release()
 		return nil
 	}
-	made := c.grants.add(g)
-	return &made
+	return []grant{c.grants.add(g)}
 }
 
 // lasts says for how long an answer counts.

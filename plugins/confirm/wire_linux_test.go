@@ -1,11 +1,14 @@
 package confirm
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -211,6 +214,35 @@ func TestTerminal(t *testing.T) {
 			t.Error(got)
 		}
 	}
+	// It is shown and ends as told, and with the client; a jump host's use is the client's, too.
+	through := w.pb("jump", 2)
+	through.Target.Host = "jump"
+	if got := w.judge(t.Context(), through, nil); got != "allow" {
+		t.Error(got)
+	}
+	attach := func() { w.judge(t.Context(), w.pb("attach", 2), nil) }
+	for name, end := range map[string]func(){
+		"forget":    func() { w.Command(t.Context(), []string{"forget"}, io.Discard, io.Discard) },
+		"forget ID": func() { w.Command(t.Context(), []string{"forget", w.grants.list()[0].name()}, io.Discard, io.Discard) },
+		"its end":   func() { w.Observe(t.Context(), plugin.Event{Kind: "end", Use: plugin.Use{Kind: "attach", Client: 2}}) },
+	} {
+		attach()
+		var table, list bytes.Buffer
+		w.Command(t.Context(), []string{"grants"}, &table, io.Discard)
+		w.Command(t.Context(), []string{"grants", "--json"}, &list, io.Discard)
+		if got := strings.Join(strings.Fields(table.String()), " "); !regexp.MustCompile(
+			`POLICY \d+ u@h:22 all ssh \(1073741823\) [0-9:]{8} as long as that runs its confirm block$`).MatchString(got) {
+			t.Errorf("%q", got)
+		}
+		if !strings.Contains(list.String(), `"kind": "all"`) {
+			t.Errorf("%s", list.String())
+		}
+		end()
+		if got := w.judge(t.Context(), w.pb("exec", 2), nil); got != denied {
+			t.Errorf("after %s: %s", name, got)
+		}
+	}
+	attach()
 	w.s.Master.SetPerson(func(string) bool { return false })
 	if got := w.judge(t.Context(), w.pb("attach", 4), nil); got != "deny: the answer was no; try again to be asked again" {
 		t.Error(got)
