@@ -127,10 +127,16 @@ func (p *persist) begin(s *series) bool {
 	return true
 }
 
-// poke has all series try again soon, those too that wait for something to change.
+// poke has all that failed tried again soon, that too which waits for something to change.
 func (p *persist) poke() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	for _, k := range p.conns {
+		if !k.again.IsZero() {
+			k.again = wall()
+		}
+	}
+	p.look()
 	for _, s := range p.series {
 		select {
 		case s.poke <- struct{}{}:

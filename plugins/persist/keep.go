@@ -2,6 +2,7 @@ package persist
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -18,7 +19,10 @@ type conn struct {
 	// since, until and why are of the last answer of Retain.
 	since, until time.Time
 	why          string // of its end, once that has come; "": it has not
-	ended        bool   // it takes no new clients
+	ended        bool   // it takes no new clients, or shall take none
+	// again is when the master is to be told so once more; zero: it has been. tries counts how often it was told in vain.
+	again time.Time
+	tries int
 }
 
 // label says which connection is meant, in a record.
@@ -42,11 +46,16 @@ func (p *persist) noteLocked(c plugin.Connection, r *rule) *conn {
 		p.conns[c.ID] = k
 	}
 	k.Connection, k.rule = c, r
+	p.look()
+	return k
+}
+
+// look has watch look again.
+func (p *persist) look() {
 	select {
 	case p.news <- struct{}{}:
 	default:
 	}
-	return k
 }
 
 // sync asks what connections there are, and for which of them blocks hold.
@@ -148,17 +157,31 @@ func (p *persist) closeAll(ctx context.Context, why string, which func(*rule) bo
 	p.drain(ids)
 }
 
-// drain tells the master that connections take no new clients.
+// drain tells the master that connections take no new clients. If that fails it is tried again: soon, or when what denied it
+// may have changed.
 func (p *persist) drain(ids []uint64) {
 	p.mu.Lock()
 	m, log := p.master, p.log
 	p.mu.Unlock()
 	for _, id := range ids {
 		ctx, cancel := context.WithTimeout(p.ctx, callTime)
-		if err := m.Drain(ctx, id); err != nil {
-			log.Warn().Err(err).Uint64("connection", id).Msg("can't be closed")
-		}
+		err := m.Drain(ctx, id)
 		cancel()
+		if err == nil || errors.Is(err, plugin.ErrNotFound) || p.ctx.Err() != nil {
+			continue
+		}
+		log.Warn().Err(err).Uint64("connection", id).Msg("can't be closed")
+		p.set(func() {
+			k := p.conns[id]
+			if k == nil {
+				return
+			}
+			if k.again = never; !errors.Is(err, plugin.ErrDenied) {
+				k.again = wall().Add(backoff(k.tries))
+				k.tries++
+			}
+			p.look()
+		})
 	}
 }
 
@@ -190,10 +213,13 @@ func (p *persist) due(now time.Time) (ids []uint64, wait time.Duration) {
 	wait = -1
 	for id, k := range p.conns {
 		at, why := k.rule.end(k.Since, p.zone)
+		if k.ended {
+			at, why = k.again, k.why
+		}
 		switch left := at.Sub(now); {
-		case k.ended || at.Equal(never):
+		case at.IsZero() || at.Equal(never):
 		case left <= 0:
-			k.ended, k.why = true, why
+			k.ended, k.why, k.again = true, why, time.Time{}
 			ids = append(ids, id)
 		case wait < 0 || left < wait:
 			wait = left

@@ -139,8 +139,7 @@ func (p *persist) Close() error {
 // Observe implements plugin.Observer.
 func (p *persist) Observe(ctx context.Context, e plugin.Event) {
 	if e.Dropped > 0 {
-		// What was missed may have been anything.
-		p.set(func() { p.locked, p.asleep = false, time.Time{} })
+		// What was missed may have been anything but the lock's last change, which comes late, and sleep does not last here.
 		p.sync(ctx)
 		p.poke()
 	}

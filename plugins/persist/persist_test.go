@@ -42,7 +42,9 @@ type fake struct {
 	targets []string    // and with what
 	records []string
 	drained []uint64
-	stall   bool // Connect waits for its context
+	stall   bool        // Connect waits for its context
+	fails   []error     // of the next calls of Drain
+	tried   []time.Time // when it was called
 }
 
 // newFake starts a plugin with blocks, in a bubble of synctest.
@@ -177,8 +179,15 @@ func (f *fake) end(id uint64, result, reason string, clients int) {
 func (f *fake) Drain(_ context.Context, id uint64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.tried = append(f.tried, time.Now())
 	if _, ok := f.conns[id]; !ok {
-		return errors.New("there is no such connection")
+		return plugin.ErrNotFound
+	}
+	if len(f.fails) > 0 {
+		var err error
+		if err, f.fails = f.fails[0], f.fails[1:]; err != nil {
+			return err
+		}
 	}
 	f.drained = append(f.drained, id)
 	return nil
@@ -691,10 +700,63 @@ func TestDropped(t *testing.T) {
 		c := f.come("a")
 		f.p.set(func() { clear(f.p.conns) })
 		f.p.Observe(t.Context(), plugin.Event{Kind: "decision", Dropped: 3})
+		if !f.p.resting() {
+			t.Error("the lock is taken for open, and nobody has opened it")
+		}
 		time.Sleep(8 * time.Hour)
 		f.drains(c.ID)
+		f.event("unlocked") // it is never lost
 		if f.p.resting() {
-			t.Error("the lock is taken for closed, though its opening may be among what was lost")
+			t.Error("the lock is taken for closed")
 		}
 	})
+}
+
+// What can't be drained is tried again, as long as there is something to drain.
+func TestDrainFails(t *testing.T) {
+	denied := fmt.Errorf("%w: by policy", plugin.ErrDenied)
+	for _, c := range []struct {
+		name  string
+		fails []error
+		begin func(*fake) // has it drained
+		then  string      // an event a minute later; "": none
+		gone  bool        // it has ended by then
+		want  int         // tries
+		ok    bool
+	}{
+		{"twice", []error{errors.New("busy"), context.DeadlineExceeded}, func(f *fake) { f.event("locked") }, "", false, 3, true},
+		{"by max", []error{errors.New("busy")}, func(*fake) { time.Sleep(8 * time.Hour) }, "", false, 2, true},
+		{"denied", []error{denied, denied}, func(f *fake) { f.event("locked") }, "", false, 1, false},
+		{"denied, until policy changes", []error{denied}, func(f *fake) { f.event("locked") }, "policy", false, 2, true},
+		{"it ends", slices.Repeat([]error{errors.New("busy")}, 100), func(f *fake) { f.event("locked") }, "", true, 6, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake(t, map[string]*block{"a": with(func(b *block) { b.OnLock = "close" })})
+				conn := f.come("a")
+				f.mu.Lock()
+				f.fails = c.fails
+				f.mu.Unlock()
+				c.begin(f)
+				time.Sleep(time.Minute)
+				if c.then != "" {
+					f.event(c.then)
+				}
+				if c.gone {
+					f.end(conn.ID, "closed", "", 0)
+				}
+				time.Sleep(24 * time.Hour)
+				if c.ok {
+					f.drains(conn.ID)
+				} else {
+					f.drains()
+				}
+				f.mu.Lock()
+				defer f.mu.Unlock()
+				if len(f.tried) != c.want {
+					t.Errorf("%d tries, want %d: %v", len(f.tried), c.want, f.tried)
+				}
+			})
+		})
+	}
 }
