@@ -8,14 +8,18 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
+	"github.com/creack/pty"
 	"golang.org/x/crypto/ssh"
 )
 
@@ -381,4 +385,80 @@ func TestAnsible(t *testing.T) {
 			holder.release()
 		})
 	})
+}
+
+// goClient is a client of x/crypto/ssh, which asks for what ssh never does. Its bridge leads a session with a terminal of its
+// own.
+type goClient struct {
+	*ssh.Client
+	t      testing.TB
+	bridge *exec.Cmd
+	pty    *os.File
+	said   *buffer // the standard error of a session
+	in     io.Closer
+}
+
+// goClient starts one. Its session says what the person is told. It has to be closed.
+func (w *world) goClient() *goClient {
+	t := w.t
+	t.Helper()
+	leads, tty, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tty.Close()
+	cmd := exec.Command(binDir+"/muxproxy", "-F", w.conf, fmt.Sprintf("%s@127.0.0.1:%d", me, w.link.port()), "box")
+	cmd.Env, cmd.Dir, cmd.ExtraFiles = w.env, w.dir, []*os.File{tty}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 3}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	c := &goClient{t: t, bridge: cmd, pty: leads, said: newBuffer()}
+	stuck := time.AfterFunc(patience, func() { cmd.Process.Kill() })
+	defer stuck.Stop()
+	conn, chans, reqs, err := ssh.NewClientConn(&stdio{in: in, out: out}, "box", &ssh.ClientConfig{
+		User: me, HostKeyCallback: ssh.InsecureIgnoreHostKey(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Client = ssh.NewClient(conn, chans, reqs)
+	session, err := c.NewSession()
+	if err != nil {
+		t.Fatal(err)
+	}
+	session.Stderr = c.said
+	if c.in, err = session.StdinPipe(); err == nil {
+		err = session.Start("cat")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		session.Wait()
+		c.said.end()
+	}()
+	return c
+}
+
+// told ends the session and returns all that it said.
+func (c *goClient) told() string {
+	c.in.Close()
+	c.said.expect("\x00", patience)
+	return c.said.String()
+}
+
+func (c *goClient) close() {
+	c.Close()
+	c.bridge.Process.Kill()
+	c.bridge.Wait()
+	c.pty.Close()
 }

@@ -4,9 +4,11 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +16,10 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	gossh "golang.org/x/crypto/ssh"
+
+	"github.com/muxproxy/muxproxy/core/use"
 )
 
 // asked is a world whose askpass program is a script that writes down what it is asked and does what the file "answer"
@@ -144,6 +150,111 @@ func TestConfirm(t *testing.T) {
 			t.Errorf("-R: %q", list)
 		}
 	}, asked)
+}
+
+// Every kind of use is asked about, by its name and with whoever asks; a yes lets it happen, a no is one line.
+func TestEveryKindIsAskedAbout(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		w.policy("")
+		held := w.hold()
+		sockets, _ := w.agents(1)
+		hops := newHops(w, 2).config("kinds.conf", map[string]string{"hop2": "ProxyJump hop1"})
+		port, port2 := freePort(t), freePort(t)
+		// Each comes from a shell of its own, which the answers before were not bound to.
+		ssh := func(stdin string, args ...string) result {
+			return w.start(spec{
+				args: append([]string{"sh", "-c", `"$@"; exit $?`, "sh"}, args...), env: append(w.env[:len(w.env):len(w.env)], "SSH_AUTH_SOCK="+sockets[0]),
+				stdin: strings.NewReader(stdin), sys: &syscall.SysProcAttr{Setsid: true},
+			}).wait(patience)
+		}
+		box := func(stdin string, args ...string) result { return ssh(stdin, w.sshArgs(args...)...) }
+		says := func(r result, out string) (bool, string) {
+			return r.status == 0 && strings.HasPrefix(r.out, out), r.err
+		}
+
+		type kind struct {
+			about string                              // what the prompt says of it, as a pattern
+			who   string                              // asks
+			try   func() (happened bool, told string) // with all that the person is told
+		}
+		const sh = " \\([0-9]+\\) <- [a-z]*sh <- e2e.test.*"
+		const direct = "e2e.test \\([0-9]+\\).*"
+		kinds := map[use.Kind]kind{
+			use.Attach: {"log in, or join the connection", "ssh" + sh, func() (bool, string) { return says(box("", "box", "echo in"), "in\n") }},
+			use.Shell:  {"a shell", "ssh" + sh, func() (bool, string) { return says(box("echo in\n", "box"), "in\n") }},
+			use.Exec:   {"echo in", "ssh" + sh, func() (bool, string) { return says(box("", "box", "echo in"), "in\n") }},
+			use.Subsystem: {"sftp", "sftp" + sh, func() (bool, string) {
+				return says(ssh("pwd\n", "sftp", "-F", w.conf, "box"), "sftp> pwd\nRemote working directory: ")
+			}},
+			use.LocalForward: {fmt.Sprint("to 127.0.0.1:", w.sshd), "ssh" + sh, func() (bool, string) {
+				return says(box("", "-W", loopback(w.sshd), "box"), "SSH-2.0-")
+			}},
+			use.RemoteForward: {fmt.Sprint("listen there on 127.0.0.1:", port), "ssh" + sh, func() (bool, string) {
+				r := box("", "-R", fmt.Sprintf("127.0.0.1:%d:127.0.0.1:1", port), "box", "echo on")
+				return !strings.Contains(r.err, "remote port forwarding failed"), r.err
+			}},
+			use.CancelForward: {fmt.Sprint("listen there no more on 127.0.0.1:", port2), direct, func() (bool, string) {
+				c := w.goClient()
+				defer c.close()
+				l, err := c.Listen("tcp", loopback(port2))
+				if err != nil {
+					t.Fatal(err)
+				}
+				err = l.Close()
+				return err == nil, c.told()
+			}},
+			use.Agent: {"let that host use your ssh agent", "ssh" + sh, func() (bool, string) {
+				r := box("", "-A", "-o", "IdentityAgent=SSH_AUTH_SOCK", "box", "echo ${SSH_AUTH_SOCK:-no agent}")
+				return r.out != "no agent\n", r.err
+			}},
+			use.X11: {"let that host use your display", "ssh" + sh, func() (bool, string) {
+				r := box("", "-Y", "box", "echo ${DISPLAY:-no display}")
+				return r.out != "no display\n", r.err
+			}},
+			use.Jump: {"on to 127.0.0.1:[0-9]+", "ssh" + sh, func() (bool, string) {
+				return says(ssh("", "ssh", "-F", hops, "hop2", whichKey), "by hop2\n")
+			}},
+			use.Other: {"e2e@example.com", direct, func() (bool, string) {
+				c := w.goClient()
+				defer c.close()
+				_, _, err := c.OpenChannel("e2e@example.com", nil)
+				refused, ok := errors.AsType[*gossh.OpenChannelError](err)
+				return ok && refused.Reason == gossh.ConnectionFailed, fmt.Sprint(err) // sshd does not know it either
+			}},
+			use.Control: {"drain 127.0.0.1", "muxproxyd \\([0-9]+\\) <- e2e.test.*", func() (bool, string) {
+				r := w.start(spec{args: []string{binDir + "/muxproxy", "drain", "127.0.0.1"}, tty: true}).wait(patience)
+				return r.status == 0, r.out
+			}},
+		}
+		for _, name := range use.Kinds() {
+			c, ok := kinds[name]
+			if !ok {
+				t.Errorf("nobody knows whether %s is asked about", name)
+				continue
+			}
+			w.reload(w.confirms(fmt.Sprintf("    timeout = \"20s\"\n    on      = [%q]", name)))
+			prompt := regexp.MustCompile(`(?m)^asked by: ` + c.who + `$\n(?:.*\n)*^` + string(name) + ": " + c.about + "$")
+			for _, yes := range []bool{true, false} {
+				w.answers(map[bool]string{true: "exit 0", false: "exit 1"}[yes])
+				happened, told := c.try()
+				if happened != yes {
+					t.Errorf("%s, answer %v: happened %v; %s", name, yes, happened, told)
+				}
+				if list := w.prompts(); len(list) != 1 || !prompt.MatchString(list[0]) {
+					t.Errorf("%s: asked %q", name, list)
+				}
+				lines := strings.Count(told, "denied by confirm: the answer was no; try again to be asked again")
+				if all := strings.Count(told, "denied"); yes && all != 0 || !yes && (lines != 1 || all != 1) {
+					t.Errorf("%s, answer %v: told %q", name, yes, told)
+				}
+			}
+		}
+		held.echo("what was allowed goes on")
+		held.release()
+	}, asked, sshdLines("X11Forwarding yes"))
 }
 
 // restart ends the plugin; the master starts it again, and nobody has to rest.
@@ -379,7 +490,8 @@ func TestWhoLogsInIsNotAsked(t *testing.T) {
 		w.allow(w.read("locked.pub"))
 		conf := w.interactive("locked.conf", w.sshd, "IdentityFile "+w.path("locked"))
 		w.policy(w.confirms(""))
-		p := w.tty(conf, "box", "echo in; read end")
+		port := freePort(t)
+		p := w.tty(conf, "-L", fmt.Sprintf("127.0.0.1:%d:127.0.0.1:%d", port, w.sshd), "box", "echo in; read end")
 		p.answer("Enter passphrase for key '", "open sesame")
 		p.expect("in\r\n")
 		if list := w.prompts(); len(list) != 0 {
@@ -389,8 +501,27 @@ func TestWhoLogsInIsNotAsked(t *testing.T) {
 		if list := w.prompts(); len(list) != 1 {
 			t.Errorf("%d questions for the next client", len(list))
 		}
+		// A plugin that has crashed does not know what that login has stood for.
+		w.restart()
+		if !speaksSSH(loopback(port)) {
+			t.Error("the forward carries nothing")
+		}
+		if list := w.prompts(); len(list) != 1 || !strings.Contains(list[0], "\nlocal-forward: ") {
+			t.Errorf("after a crash: %q", list)
+		}
 		p.send("\r")
 		p.wait(patience)
+
+		// An answer that has not logged in is none.
+		conf = w.interactive("both.conf", w.sshd, "IdentityFile "+w.path("locked")+"\nIdentityFile "+w.path("id"))
+		p = w.tty(conf, "box", "echo in")
+		p.answer("Enter passphrase for key '", "open says me")
+		p.answer("Enter passphrase for key '", "")
+		p.expect("in\r\n")
+		p.wait(patience)
+		if list := w.prompts(); len(list) != 1 || !strings.Contains(list[0], "\nexec: echo in\n") {
+			t.Errorf("after a wrong passphrase: %q", list)
+		}
 	}, asked)
 }
 

@@ -119,6 +119,7 @@ func (r *Relay) answer(q *ssh.Request) {
 		u.Name = q.Type
 		permit, denied := r.decide(u)
 		if denied != nil {
+			r.Tell("request " + use.Printable(u.Name) + ": " + denied.Error())
 			_ = q.Reply(false, nil)
 			return
 		}
@@ -257,6 +258,7 @@ func (r *Relay) cancelForward(q *ssh.Request) {
 	u.Addr = a.String()
 	permit, denied := r.decide(u)
 	if denied != nil {
+		r.Tell("end of the remote forward of " + use.Printable(u.Addr) + ": " + denied.Error())
 		_ = q.Reply(false, nil)
 		return
 	}
