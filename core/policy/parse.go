@@ -43,8 +43,6 @@ var (
 			Doc: "what audit.log holds of a command; full: secrets on command lines, too"},
 		{Name: "lock_on", Type: cty.List(cty.String), Words: []string{"screen", "sleep"},
 			Doc: "what locks as `muxproxy lock` does"},
-		{Name: "askpass", Type: cty.String, Format: Path, Words: []string{""},
-			Doc: "program that asks for a login's secrets where no client can; empty: none"},
 	}}
 	pluginBlock = Block{Labels: []string{"name"}, Attributes: []Attribute{
 		{Name: "path", Type: cty.String, Format: Path, Words: []string{""},
@@ -215,7 +213,6 @@ func (p *parser) parseMaster(block *hclsyntax.Block) {
 		AuditRequired: get("audit") == "required",
 		AuditFull:     get("audit_commands") == "full",
 		LockOn:        texts(v.GetAttr("lock_on")),
-		Askpass:       p.path(v.GetAttr("askpass")),
 	}
 	m.ExitWhenIdle = -1
 	if d, err := time.ParseDuration(get("exit_when_idle")); err == nil {

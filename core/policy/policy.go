@@ -112,7 +112,6 @@ type Master struct {
 	AuditRequired bool          // a use that can't be logged is denied
 	AuditFull     bool          // commands are logged whole
 	LockOn        []string      // "screen", "sleep"
-	Askpass       string        // program that asks a person for a login's secrets; "": none
 }
 
 // Plugin is one that the policy mentions.

@@ -321,7 +321,6 @@ master {
   audit          = "required"
   audit_commands = "full"
   lock_on        = ["sleep"]
-  askpass        = "/usr/bin/ssh-askpass"
 }
 plugin "audit-mail" {
   path       = "~/bin/x"
@@ -336,12 +335,12 @@ host "*" {
 }
 `, Options{Schemas: schemas(), Home: "/home/me"})
 	m := s.Master()
-	want := Master{"debug", time.Hour, "/home/me/.ssh/config", true, true, true, []string{"sleep"}, "/usr/bin/ssh-askpass"}
+	want := Master{"debug", time.Hour, "/home/me/.ssh/config", true, true, true, []string{"sleep"}}
 	if fmt.Sprint(m) != fmt.Sprint(want) {
 		t.Errorf("%+v", m)
 	}
 	plugins := s.Plugins()
-	if len(plugins) != 2 || plugins[1].Name != "confirm" || plugins[1].Pos != "config.hcl:21" {
+	if len(plugins) != 2 || plugins[1].Name != "confirm" || plugins[1].Pos != "config.hcl:20" {
 		t.Fatalf("%+v", plugins)
 	}
 	p := plugins[0]

@@ -1,16 +1,20 @@
 package confirm
 
 import (
-	"strings"
+	"errors"
 	"testing"
 )
 
 func TestReady(t *testing.T) {
-	if err := Ready(t.Context(), "/nowhere/askpass"); err == nil || !strings.Contains(err.Error(), "/nowhere/askpass: ") {
+	before := programs
+	defer func() { programs = before }()
+	programs = nil
+	if err := Ready(t.Context()); !errors.Is(err, errNoAskpass) {
 		t.Errorf("%v", err)
 	}
+	programs = []string{"/bin/true"}
 	_, session := newSessions().environment(t.Context())
-	if err := Ready(t.Context(), "/bin/true"); (err == nil) != (session == nil) || err != nil && err.Error() != session.Error() {
+	if err := Ready(t.Context()); (err == nil) != (session == nil) || err != nil && err.Error() != session.Error() {
 		t.Errorf("%v, of the session %v", err, session)
 	}
 }

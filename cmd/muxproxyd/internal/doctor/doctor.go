@@ -61,8 +61,8 @@ type Options struct {
 	Policy      *policy.Snapshot // nil: the file has errors
 	Diagnostics policy.Diagnostics
 
-	// CanAsk says why an askpass program, "" for any, can't ask on the screen.
-	CanAsk func(ctx context.Context, askpass string) error
+	// CanAsk says why nobody can be asked on the screen.
+	CanAsk func(ctx context.Context) error
 	// Connect reaches the master; the error wraps bridge.ErrNoMaster if none lives.
 	Connect func(context.Context) (*control.Master, error)
 }

@@ -98,11 +98,11 @@ func newWorld(t *testing.T) *world {
 	w.m = &fakeMaster{status: control.Status{Version: "1.2.3", PID: masterPID}}
 	w.o = Options{
 		Dirs: dirs, Getenv: w.getenv, Home: w.home, Config: w.path("config"), SSH: real, Self: w.path("bin/muxproxyd"), Version: "1.2.3",
-		CanAsk: func(_ context.Context, askpass string) error {
-			if askpass == "/bin/true" {
+		CanAsk: func(context.Context) error {
+			if w.env["XDG_SESSION_TYPE"] == "x11" { // of the fake
 				return nil
 			}
-			return errors.New("no " + askpass)
+			return errors.New("no session")
 		},
 		Connect: func(ctx context.Context) (*control.Master, error) {
 			conn, err := bridge.ConnectTo(ctx, dirs, paths.ControlSocket)
@@ -540,10 +540,8 @@ var cases = []spoiled{
 
 	{"no such askpass", func(w *world) { w.env["SSH_ASKPASS"] = "/nowhere/askpass" },
 		"askpass", Failure, "SSH_ASKPASS is /nowhere/askpass, which can't be run: ", "unset SSH_ASKPASS"},
-	{"no such askpass in policy", func(w *world) { w.policy("master {\n  askpass = \"/nowhere/ask\"\n}\n") },
-		"askpass", Warning, "policy may have to ask on the screen, and can't now (unless a confirm block says how): no /nowhere/ask", ""},
 	{"no askpass", func(w *world) { w.policy("host \"*\" {\n  confirm {}\n}\n") },
-		"askpass", Warning, "policy may have to ask on the screen, and can't now (unless a confirm block says how): no ", ""},
+		"askpass", Warning, "confirm may have to ask on the screen, and can't now (unless policy says how): no session", ""},
 
 	{"no linger", func(w *world) { w.logind(logindFake{"KillUserProcesses": true, "Linger": false}) },
 		"linger", Warning, "logind ends the master, and all connections, when you log out", "loginctl enable-linger"},
@@ -644,7 +642,9 @@ func TestAllIsWell(t *testing.T) {
 			w.m.plugins = []control.Plugin{{Name: "mail", State: "up"}}
 		}, []string{"mail: up"}},
 		"askpass": {func(w *world) {
-			w.policy("master {\n  askpass = \"/bin/true\"\n}\n")
+			w.policy("host \"*\" {\n  confirm {}\n}\n")
+			w.m.plugins = []control.Plugin{{Name: "confirm", State: "up"}}
+			w.env["XDG_SESSION_TYPE"] = "x11"
 		}, []string{"there is an askpass program, and a graphical session"}},
 		"linger":     {func(w *world) { w.logind(logindFake{"KillUserProcesses": true, "Linger": true}) }, []string{"linger is on"}},
 		"no killing": {func(w *world) { w.logind(logindFake{"KillUserProcesses": false, "Linger": false}) }, []string{"logind lets the master run"}},

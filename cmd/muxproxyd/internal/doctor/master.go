@@ -111,21 +111,17 @@ func (d *doctor) plugins(ctx context.Context) {
 	}
 }
 
-// askpass looks whether there is a way to ask a person who has no terminal: ssh's own, and that of policy.
+// askpass looks whether there is a way to ask a person who has no terminal: ssh's own, and that of confirm.
 func (d *doctor) askpass(ctx context.Context) {
 	if path := d.Getenv("SSH_ASKPASS"); path != "" {
 		if _, err := exec.LookPath(path); err != nil {
 			d.fail("unset SSH_ASKPASS", "SSH_ASKPASS is %s, which can't be run: %v", path, cause(err))
 		}
 	}
-	program, asks := "", false
-	if d.Policy != nil {
-		program = d.Policy.Master().Askpass
-		asks = program != "" || slices.ContainsFunc(d.Policy.Plugins(), func(p policy.Plugin) bool { return p.Name == "confirm" })
-	}
+	asks := d.Policy != nil && slices.ContainsFunc(d.Policy.Plugins(), func(p policy.Plugin) bool { return p.Name == "confirm" })
 	if asks {
-		if err := d.CanAsk(ctx, program); err != nil {
-			d.warn("", "policy may have to ask on the screen, and can't now (unless a confirm block says how): %v", err)
+		if err := d.CanAsk(ctx); err != nil {
+			d.warn("", "confirm may have to ask on the screen, and can't now (unless policy says how): %v", err)
 		}
 	}
 	switch {
