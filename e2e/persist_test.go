@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -145,6 +146,44 @@ func TestMaxCutsNobody(t *testing.T) {
 		w.recorded("close", ": 1s after its login")
 		eventually(t, "both are closed", func() bool { return len(w.mustStatus().Upstreams) == 0 })
 	})
+}
+
+// zone makes the plugins that are started from now on live in a time zone in which it is 18:00 then (RFC 9636).
+func (w *world) zone(then time.Time) {
+	const day = 24 * 60 * 60
+	offset := (18*60*60-then.Unix()%day+day/2)%day - day/2
+	b := append([]byte("TZif"), make([]byte, 16)...)
+	for _, n := range []uint32{0, 0, 0, 0, 1, 4, uint32(int32(offset))} { // one type of local time, and no change of it
+		b = binary.BigEndian.AppendUint32(b, n)
+	}
+	w.write("zone", string(b)+"\x00\x00E2E\x00")
+}
+
+// At a time of the day a connection takes no new clients; what is made after it ends with the next day's.
+func TestUntil(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		w.policy("")
+		held := w.hold()
+		then := time.Now().Add(2 * time.Second).Truncate(time.Second)
+		w.zone(then)
+		w.reload(w.persists(`    until = "18:00"` + "\n" + `    idle = "forever"` + "\n" + `    max = "forever"`))
+		eventually(t, "it takes no new clients", func() bool { return w.mustStatus().Upstreams[0].State == "draining" })
+		if now := time.Now(); now.Before(then) {
+			t.Errorf("closed at %v, %v before its time", now, then.Sub(now))
+		}
+		want(t, w.ssh("box", "echo another"), 0, "another\n")
+		w.connections(2)
+		held.echo("still there")
+		held.release()
+		w.recorded("close", ": it is 18:00")
+		w.kept()
+		if until := w.mustStatus().Upstreams[0].KeptUntil; !until.Equal(then.Add(24 * time.Hour)) {
+			t.Errorf("the next one is kept until %v, not %v", until, then.Add(24*time.Hour))
+		}
+	}, func(s *setup) { s.env["TZ"] = s.dir + "/zone" })
 }
 
 func TestTheLockClosesKeptConnections(t *testing.T) {
