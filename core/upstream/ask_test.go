@@ -529,6 +529,12 @@ func TestQuestionsOfTheLogin(t *testing.T) {
 				return nil, nil
 			}}}
 		}}, options: []string{id}, answers: []string{"p"}, asked: []string{first}, auth: "publickey " + fingerprint(user.pub)},
+		{name: "a wrong password, then nothing is asked", server: &ssh.ServerConfig{PasswordCallback: takes("p"),
+			KeyboardInteractiveCallback: func(_ ssh.ConnMetadata, ask ssh.KeyboardInteractiveChallenge) (*ssh.Permissions, error) {
+				_, err := ask("", "Welcome\nback", nil, nil)
+				return nil, err
+			}}, options: []string{"preferredauthentications password,keyboard-interactive", "numberofpasswordprompts 1"}, answers: []string{"x"},
+			asked: []string{first}, auth: "keyboard-interactive", others: true},
 		{name: "a wrong password, then key", server: &ssh.ServerConfig{PasswordCallback: takes("p"), PublicKeyCallback: func(_ ssh.ConnMetadata, k ssh.PublicKey) (*ssh.Permissions, error) {
 			if !sameKey(k, user.pub) {
 				return nil, errNo

@@ -603,8 +603,9 @@ func TestEnds(t *testing.T) {
 			var all sync.WaitGroup
 			for _, ctx := range []context.Context{ctx1, ctx2} {
 				all.Go(func() {
-					if d := w.authorize(ctx, &b, w.use("exec", shell)); d == plugin.Allow() {
-						t.Errorf("%s: allowed", c.name)
+					d := w.authorize(ctx, &b, w.use("exec", shell))
+					if d == plugin.Allow() || c.want != plugin.Allow() && d != c.want {
+						t.Errorf("%s: %+v", c.name, d)
 					}
 				})
 			}
@@ -707,6 +708,44 @@ func TestManyGrants(t *testing.T) {
 		t.Errorf("%d, the first is %d", len(list), list[0].id)
 	}
 	s.forget(func(*grant) bool { return true })
+	for s.last < maxClients-1 { // those of clients hold nothing
+		s.last++
+		g := &grant{id: s.last, key: key{client: s.last}}
+		s.all[g.key] = g
+	}
+	for first := range uint64(2) {
+		s.add(grant{key: key{client: maxClients + first}})
+		if list := s.list(); len(list) != maxClients || list[0].key.client != 1+first {
+			t.Errorf("%d, the first is of client %d", len(list), list[0].key.client)
+		}
+	}
+}
+
+// Who leaves the queue keeps nobody waiting who stood behind.
+func TestWhoLeavesTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for range 100 { // in either order
+			q := newTurns()
+			if err := q.take(t.Context(), scope{}, nil); err != nil {
+				t.Fatal(err)
+			}
+			ctx, leave := context.WithCancel(t.Context())
+			last, end := context.WithCancel(t.Context())
+			results := make(chan error, 2)
+			for i, ctx := range []context.Context{ctx, last} {
+				go func() { results <- q.take(ctx, scope{pid: i + 1}, func(string) {}) }()
+				synctest.Wait()
+			}
+			leave()
+			q.leave()
+			synctest.Wait()
+			if len(results) != 2 {
+				t.Error("who stood behind waits on")
+			}
+			end()
+			synctest.Wait()
+		}
+	})
 }
 
 // Who has just answered the login's question is not asked again for the same: but for nothing else, and nobody else isn't.

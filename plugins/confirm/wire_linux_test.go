@@ -243,6 +243,14 @@ func TestTerminal(t *testing.T) {
 		}
 	}
 	attach()
+	// Another policy leaves it: this client can't be asked again.
+	if ds := w.s.Configure(t, `{"askpass":""}`, `{"ask":"always","idle":"15m","remember":"0s","timeout":"7s","on":["exec"],"fallback":"terminal",`+
+		`"display":"session","askpass":""}`); len(ds) > 0 {
+		t.Fatal(ds)
+	}
+	if got := w.judge(t.Context(), w.pb("exec", 2), nil); got != "allow" {
+		t.Errorf("under another policy: %s", got)
+	}
 	w.s.Master.SetPerson(func(string) bool { return false })
 	if got := w.judge(t.Context(), w.pb("attach", 4), nil); got != "deny: the answer was no; try again to be asked again" {
 		t.Error(got)
@@ -266,6 +274,23 @@ func TestTerminal(t *testing.T) {
 		}
 		w.s.Master.SetPerson(nil)
 	}
+	// The lock ends it also when it comes in the moment of the answer.
+	w = newWired(t, func(v map[string]any) { v["fallback"], v["ask"] = "terminal", "first" })
+	w.noWay = errors.New("no display")
+	w.s.Master.SetPerson(func(string) bool { return true })
+	w.hold = func(p plugin.Process) (*held, error) {
+		w.Observe(t.Context(), plugin.Event{Kind: "locked"})
+		return hold(p)
+	}
+	w.judge(t.Context(), w.pb("attach", 1), nil)
+	if got := w.judge(t.Context(), w.pb("exec", 1), nil); got != denied {
+		t.Errorf("after the lock: %s", got)
+	}
+	// Where nothing is allowed nobody is asked at all.
+	w = newWired(t, func(v map[string]any) { v["fallback"], v["ask"] = "terminal", "deny" })
+	if got := w.judge(t.Context(), w.pb("attach", 1), nil); got != "no_opinion" || w.questions() != 0 {
+		t.Errorf("ask = deny: %s", got)
+	}
 	// A yes in a dialog stands for what it was about.
 	w = newWired(t, func(v map[string]any) { v["fallback"], v["on"] = "terminal", kinds })
 	for _, kind := range []string{"attach", "shell"} {
@@ -285,7 +310,16 @@ func TestDown(t *testing.T) {
 			t.Fatal(got)
 		}
 	}
+	b := defaults(t) // a block whose answers last longer
+	b.Remember = forever
+	u := w.use("shell", self(t))
+	if !w.ok(&b, u) || w.questions() != 1 {
+		t.Fatal("not asked")
+	}
 	w.Observe(t.Context(), plugin.Event{Kind: "down"})
+	if !w.ok(&b, u) || w.questions() != 0 {
+		t.Error("what counts as long as the shell runs has ended with the connection")
+	}
 	for u, want := range map[*pluginpb.Use]int{here: 0, gone: 1} {
 		if got := w.judge(t.Context(), u, nil); got != "allow" || w.questions() != want {
 			t.Errorf("%s", u.GetTarget().GetHost())

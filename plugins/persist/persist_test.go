@@ -431,6 +431,17 @@ func TestReconnectTimes(t *testing.T) {
 	})
 }
 
+// A sleep that nobody has told of in time closes what it should have closed.
+func TestWakeWithoutSleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, map[string]*block{"shut": with(func(b *block) { b.OnSuspend = "close" }), "keep": with(nil)})
+		f.come("keep")
+		shut := f.come("shut")
+		f.event("wake")
+		f.drains(shut.ID)
+	})
+}
+
 // A sleep of which nobody tells the end is over after a while.
 func TestSleepWithoutEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -728,6 +739,7 @@ func TestDrainFails(t *testing.T) {
 		{"by max", []error{errors.New("busy")}, func(*fake) { time.Sleep(8 * time.Hour) }, "", false, 2, true},
 		{"denied", []error{denied, denied}, func(f *fake) { f.event("locked") }, "", false, 1, false},
 		{"denied, until policy changes", []error{denied}, func(f *fake) { f.event("locked") }, "policy", false, 2, true},
+		{"it has ended already", []error{plugin.ErrNotFound}, func(f *fake) { f.event("locked") }, "", false, 1, false},
 		{"it ends", slices.Repeat([]error{errors.New("busy")}, 100), func(f *fake) { f.event("locked") }, "", true, 6, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
