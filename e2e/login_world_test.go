@@ -164,7 +164,7 @@ func (w *world) agentWith(name string, keys ...string) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	eventually(t, "ssh-agent listens", func() bool { _, err := os.Stat(socket); return err == nil })
+	eventually(t, "ssh-agent listens", func() bool { return listens(socket) })
 	for _, k := range keys {
 		w.run(spec{args: []string{"ssh-add", "-q", w.path(k)}, env: append([]string{"SSH_AUTH_SOCK=" + socket}, w.env...), null: true})
 	}
