@@ -708,6 +708,7 @@ func TestManyGrants(t *testing.T) {
 		t.Errorf("%d, the first is %d", len(list), list[0].id)
 	}
 	s.forget(func(*grant) bool { return true })
+	s = newGrants()
 	for s.last < maxClients-1 { // those of clients hold nothing
 		s.last++
 		g := &grant{id: s.last, key: key{client: s.last}}
