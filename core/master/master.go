@@ -77,6 +77,7 @@ type Master struct {
 	restarting atomic.Bool // another master is being started
 	locked     atomic.Bool // what the plugins were told of the lock
 
+	accepted   chan struct{} // closed when the last bridge has been taken, or never if none could be
 	lastClient atomic.Uint64
 	wg         sync.WaitGroup // clients
 
@@ -118,6 +119,7 @@ func Run(ctx context.Context, opts Options) error {
 	m := &Master{
 		opts: opts, log: opts.Log, since: time.Now(), stop: stop, living: lock, clients: map[uint64]*client{},
 		ending:     make(chan struct{}),
+		accepted:   make(chan struct{}),
 		socketDir:  opts.Dirs.Runtime,
 		knownHosts: knownHosts{path: filepath.Join(opts.Dirs.State, paths.KnownHosts), host: host, pid: os.Getpid()},
 	}
@@ -230,7 +232,12 @@ func (m *Master) run(ctx context.Context) error {
 		m.mu.Lock()
 		m.listeners = append(m.listeners, l)
 		m.mu.Unlock()
-		wg.Go(func() { m.keepListening(ctx, l, name, serve) })
+		wg.Go(func() {
+			m.keepListening(ctx, l, name, serve)
+			if name == paths.MuxSocket {
+				close(m.accepted)
+			}
+		})
 		return nil
 	}
 	defer m.closeListeners(false)
@@ -396,7 +403,11 @@ func (m *Master) accept(ctx context.Context, l net.Listener) error {
 			}
 			continue
 		}
-		m.wg.Go(func() { m.serve(ctx, c.(*net.UnixConn)) })
+		m.begin()
+		m.wg.Go(func() {
+			defer m.end()
+			m.serve(ctx, c.(*net.UnixConn))
+		})
 	}
 }
 
