@@ -212,3 +212,23 @@ func (a *app) withMaster(ctx context.Context, do func(*control.Master) error) er
 	defer m.Disconnect()
 	return do(m)
 }
+
+// withAnyMaster is withMaster, but starts a master where none runs.
+func (a *app) withAnyMaster(ctx context.Context, do func(*control.Master) error) error {
+	m, err := a.connect(ctx)
+	if errors.Is(err, bridge.ErrNoMaster) {
+		dirs, found := paths.Find(a.getenv)
+		if found != nil {
+			return found
+		}
+		if err := bridge.StartMaster(ctx, dirs, a.getenv); err != nil {
+			return err
+		}
+		m, err = a.connect(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	defer m.Disconnect()
+	return do(m)
+}

@@ -617,6 +617,13 @@ func shown(t *testing.T, r Report) string {
 	return b.String()
 }
 
+// What is locked stays so where no master runs.
+func TestLockedWithoutAMaster(t *testing.T) {
+	w := newWorld(t)
+	w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/"+paths.LockState, "{}")
+	w.expect(w.run(), "master", Warning, "none runs, and the next one begins locked", "muxproxy unlock")
+}
+
 // Where all is well, every check says so.
 func TestAllIsWell(t *testing.T) {
 	for name, c := range map[string]struct {
