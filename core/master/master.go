@@ -196,7 +196,7 @@ func (m *Master) run(ctx context.Context) error {
 	m.locked.Store(m.lock.State().Locked)
 	m.lock.OnChange(m.lockChanged)
 	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, m.plugins.Check)
-	m.authority, err = local.NewAuthority(m.knownHosts.add)
+	m.authority, err = local.NewAuthority(func(ca string) error { return m.knownHosts.add(ca) })
 	if err != nil {
 		return fmt.Errorf("the local host keys: %w", err)
 	}
@@ -341,6 +341,11 @@ func (m *Master) listenAgain(name string) (*paths.Listener, error) {
 		if err := dirs.Make(); err != nil {
 			return nil, err
 		}
+	}
+	// Who removes the sockets' folder may have removed known_hosts with it, without which ssh turns this master's key down.
+	_, cas := m.authority.Made()
+	if err := m.knownHosts.add(cas...); err != nil {
+		return nil, err
 	}
 	l, err := paths.Listen(dirs.Runtime, name)
 	if err != nil {
