@@ -484,6 +484,8 @@ var cases = []spoiled{
 		"directories", Failure, "{run} is open to others (mode 0777)", "chmod 700 {run}"},
 	{"home open", func(w *world) { w.chmod(w.home, 0o777) },
 		"directories", Failure, "{home} is writable by everybody", "chmod o-w {home}"},
+	{"home open, nothing made", func(w *world) { w.remove(w.path(".local")); w.chmod(w.home, 0o777) },
+		"directories", Failure, "{home} is writable by everybody", "chmod o-w {home}"},
 	{"no room", func(w *world) { w.remove(w.path(".local")); w.write(".local", "") },
 		"directories", Failure, ": not a directory", ""},
 	{"can't be made", func(w *world) {
@@ -535,6 +537,9 @@ var cases = []spoiled{
 	{"plugin restarting", func(w *world) {
 		w.m.plugins = []control.Plugin{{Name: "mail", State: "restarting", Path: "/x/mail", Error: "it crashed"}}
 	}, "plugins", Warning, "mail is being restarted: it crashed", "muxproxy plugin check /x/mail"},
+	{"plugin not found", func(w *world) {
+		w.m.plugins = []control.Plugin{{Name: "mail", State: "failed", Error: "it is nowhere"}}
+	}, "plugins", Failure, "mail is failed: it is nowhere", "install muxproxy-plugin-mail in {home}/.local/share/muxproxy/plugins"},
 	{"plugin not started", func(w *world) { w.policy("host \"*\" {\n  mail {}\n}\n") },
 		"plugins", Warning, "policy mentions mail, which the master has not started", "muxproxy master reload"},
 
@@ -622,6 +627,29 @@ func TestLockedWithoutAMaster(t *testing.T) {
 	w := newWorld(t)
 	w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/"+paths.LockState, "{}")
 	w.expect(w.run(), "master", Warning, "none runs, and the next one begins locked", "muxproxy unlock")
+}
+
+// Where sockets are in the state directory, what is wrong with it is said once; so is what is wrong with a parent of both.
+func TestOnePlaceIsNamedOnce(t *testing.T) {
+	for name, spoil := range map[string]func(w *world){
+		"same directory": func(w *world) { w.o.Dirs.Runtime = w.o.Dirs.Run; w.chmod(w.o.Dirs.Run, 0o777) },
+		"same parent":    func(w *world) { w.chmod(w.home, 0o777) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			spoil(w)
+			n := 0
+			r := w.run()
+			for _, res := range r.Results {
+				if res.Name == "directories" {
+					n++
+				}
+			}
+			if n != 1 {
+				t.Errorf("%d results of directories in\n%s", n, shown(t, r))
+			}
+		})
+	}
 }
 
 // Where all is well, every check says so.

@@ -102,13 +102,17 @@ func (d *doctor) plugins(ctx context.Context) {
 	var up []string
 	for _, p := range list {
 		wanted = slices.DeleteFunc(wanted, func(name string) bool { return name == p.Name })
+		check := "muxproxy plugin check " + shellQuote(p.Path)
+		if p.Path == "" { // not found
+			check = "install muxproxy-plugin-" + p.Name + " in " + shellQuote(filepath.Join(d.Dirs.Data, "plugins"))
+		}
 		switch p.State {
 		case "up":
 			up = append(up, p.Name)
 		case "restarting":
-			d.warn("muxproxy plugin check "+shellQuote(p.Path), "%s is being restarted: %s", p.Name, p.Error)
+			d.warn(check, "%s is being restarted: %s", p.Name, p.Error)
 		default:
-			d.fail("muxproxy plugin check "+shellQuote(p.Path), "%s is %s: %s", p.Name, p.State, p.Error)
+			d.fail(check, "%s is %s: %s", p.Name, p.State, p.Error)
 		}
 	}
 	if len(wanted) > 0 {
