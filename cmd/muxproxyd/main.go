@@ -148,7 +148,17 @@ MUXPROXY_BYPASS=1 in the environment goes without it.`,
 	)
 	root.AddCommand(newTopics()...)
 	root.AddCommand(newManual(a))
+	root.InitDefaultCompletionCmd() // which cobra else adds when it runs
+	plainUsage(root)
 	return root
+}
+
+// plainUsage takes "[flags]" out of the usage lines, which name the flags that matter.
+func plainUsage(cmd *cobra.Command) {
+	cmd.DisableFlagsInUseLine = true
+	for _, c := range cmd.Commands() {
+		plainUsage(c)
+	}
 }
 
 // usage is what a command does that needs another word behind it.
