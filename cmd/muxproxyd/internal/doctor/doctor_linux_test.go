@@ -435,7 +435,7 @@ var cases = []spoiled{
 	{"not this host", func(w *world) { w.host("other") },
 		"ssh_config", Failure, "ssh other does not go through muxproxy", setupCommand + " --host other"},
 	{"excluded", func(w *world) { w.setup("*", "!other"); w.host("other") },
-		"ssh_config", Failure, "ssh other does not go through muxproxy", "muxproxy setup -F {home}/config --host '*'"},
+		"ssh_config", Failure, "ssh other does not go through muxproxy", "muxproxy setup -F {home}/config --host '*' --host other"},
 	{"another before", func(w *world) { w.prepend("config", "ProxyCommand nc %h %p\n"); w.host("box") },
 		"ssh_config", Failure, `ssh box does not go through muxproxy: its ProxyCommand is "nc %h %p"`, setupCommand},
 
@@ -694,6 +694,11 @@ func TestAllIsWell(t *testing.T) {
 			w.remove(w.path(".config/muxproxy/ssh_config"))
 			w.write("config", "Host *\n  ProxyCommand "+w.path("bin/muxproxy")+" %r@%h:%p\n  GlobalKnownHostsFile "+w.o.Dirs.State+"/known_hosts\n")
 		}, []string{"ssh example.com goes through muxproxy", "muxproxy stays beside each ssh"}},
+		"copy of ssh_config in use": {func(w *world) {
+			if err := os.Mkdir(filepath.Join(os.TempDir(), "muxproxy-config-2"), 0o700); err != nil {
+				w.t.Fatal(err)
+			}
+		}, []string{"nothing is left"}},
 		"no bypass":        {func(w *world) { w.env["MUXPROXY_BYPASS"] = "0" }, nil},
 		"idle ControlPath": {func(w *world) { w.prepend("config", "ControlPath "+w.path("cm")+"\n") }, []string{"and nobody listens there"}},
 		"other hosts": {func(w *world) {
