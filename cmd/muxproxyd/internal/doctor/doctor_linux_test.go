@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -478,6 +479,12 @@ var cases = []spoiled{
 	{"not shared", func(w *world) { w.policy("host \"192.0.2.1\" {\n  share = false\n}\n"); w.host("box") },
 		"target", Warning, "policy says share = false of bob@192.0.2.1:2200 ({home}/.config/muxproxy/config.hcl:2", ""},
 
+	{"known_hosts of the user's", func(w *world) {
+		w.write("config", "Host *\n GlobalKnownHostsFile /corp/known /etc/ssh/ssh_known_hosts\n")
+		w.setup("*")
+		w.host("box")
+	}, "target", Warning, "GlobalKnownHostsFile /corp/known /etc/ssh/ssh_known_hosts counts for the master, but not",
+		"GlobalKnownHostsFile {state}/known_hosts /corp/known /etc/ssh/ssh_known_hosts"},
 	{"state open", func(w *world) { w.chmod(w.o.Dirs.State, 0o755) },
 		"directories", Failure, "{state} is open to others (mode 0755)", "chmod 700 {state}"},
 	{"sockets open", func(w *world) { w.chmod(w.o.Dirs.Run, 0o777) },
@@ -699,6 +706,17 @@ func TestAllIsWell(t *testing.T) {
 				w.t.Fatal(err)
 			}
 		}, []string{"nothing is left"}},
+		"known_hosts of the user's, for both": {func(w *world) {
+			w.write("config", "Host *\n GlobalKnownHostsFile /corp/known\n")
+			w.setup("*")
+			w.prepend("config", "GlobalKnownHostsFile "+w.o.Dirs.State+"/known_hosts /corp/known ~/known\n")
+			me, err := user.Current() // whose home directory ssh and the master take
+			if err != nil {
+				w.t.Fatal(err)
+			}
+			w.o.Home = me.HomeDir
+			w.host("box")
+		}, nil},
 		"no bypass":        {func(w *world) { w.env["MUXPROXY_BYPASS"] = "0" }, nil},
 		"idle ControlPath": {func(w *world) { w.prepend("config", "ControlPath "+w.path("cm")+"\n") }, []string{"and nobody listens there"}},
 		"other hosts": {func(w *world) {
