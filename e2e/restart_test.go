@@ -88,6 +88,18 @@ func TestRestartLosesNothing(t *testing.T) {
 			t.Errorf("%+v", r)
 		}
 		want(t, w.ssh("box", "echo open"), 0, "open\n")
+
+		// The sockets' names are not systemd's: the last master takes them away.
+		last := w.mustStatus()
+		if r := w.mux("master", "stop", "--drain"); r.status != 0 {
+			t.Errorf("stop --drain after a restart: %+v", r)
+		}
+		eventually(t, "the last master ends", func() bool { return gone(last.PID) })
+		for _, name := range []string{"muxproxy.sock", "control.sock"} {
+			if exists(filepath.Join(last.Sockets, name)) {
+				t.Errorf("%s is left", name)
+			}
+		}
 	})
 }
 
