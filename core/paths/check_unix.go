@@ -110,7 +110,7 @@ func checkHome(home string) error {
 	case err != nil:
 		return err
 	case owner(fi) != os.Geteuid():
-		return fmt.Errorf("%w: %s is owned by uid %d, this is uid %d", ErrForeignHome, home, owner(fi), os.Geteuid())
+		return fmt.Errorf("%w: %s is owned by uid %d, this is uid %d; do it as that user, without sudo", ErrForeignHome, home, owner(fi), os.Geteuid())
 	}
 	return nil
 }
