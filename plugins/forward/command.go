@@ -122,6 +122,9 @@ func (p *Plugin) add(ctx context.Context, f *forward, stdout, stderr io.Writer) 
 	case f.spec.listen.gateway():
 		return no("%s lets other machines in: only policy can allow that, in a forward block with gateway = true", f.spec.listen)
 	}
+	if err := p.restore(ctx); err != nil { // it would have an ID that another one has, and could not be kept
+		return &failure{statusError, err}
+	}
 	target, block, err := host.Resolve(ctx, f.host)
 	if errors.Is(err, plugin.ErrDenied) {
 		name := f.host[strings.LastIndexByte(f.host, '@')+1:]

@@ -643,6 +643,174 @@ func TestRemoteDynamic(t *testing.T) {
 	until(t, "counted", func() bool { s := w.list()[0]; return s.In >= 3 && s.Out >= 3 })
 }
 
+// Policy decides where what comes from the server may lead, to a fixed place and by SOCKS; nothing is connected to before.
+func TestRemoteIsJudged(t *testing.T) {
+	good := echo(t, "tcp", "127.0.0.1:0").Addr().(*net.TCPAddr)
+	dir := t.TempDir()
+	sock := filepath.Join(dir, "echo")
+	echo(t, "unix", sock)
+	bad, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bad.Close()
+	came := make(chan struct{}, 10)
+	go func() {
+		for {
+			c, err := bad.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+			came <- struct{}{}
+		}
+	}()
+	w := newWorld(t)
+	var mu sync.Mutex // guards asked
+	var asked []string
+	w.Master.OnPermit = func(_ context.Context, r *pluginpb.PermitRequest) error {
+		mu.Lock()
+		asked = append(asked, r.GetNetwork()+" "+r.GetAddress())
+		mu.Unlock()
+		switch {
+		case r.GetAddress() == bad.Addr().String():
+			return grpcstatus.Error(codes.PermissionDenied, "denied by policy: not there")
+		case r.GetAddress() == "odd:1":
+			return grpcstatus.Error(codes.Unimplemented, "what?")
+		}
+		return nil
+	}
+	w.use(fmt.Sprintf(`{"remote": [{"address": "127.0.0.1:0", "to": %q}, {"address": "localhost:0", "to": %q}]}`, bad.Addr(), sock))
+	if code, out := w.command("add", "-R", "127.0.0.1:0", "h"); code != 0 {
+		t.Fatal(out)
+	}
+	denied, allowed, socks := w.opened(0), w.opened(1), w.opened(2)
+	connect := func(port int) string {
+		return hello5 + string([]byte{5, 1, 0, 1, 127, 0, 0, 1, byte(port >> 8), byte(port)})
+	}
+	for _, c := range []struct{ name, at, say, want, asked string }{
+		{"fixed, denied", denied, "hi", "", "tcp " + bad.Addr().String()},
+		{"fixed, allowed", allowed, "hi", "hi", "unix " + sock},
+		{"socks, denied", socks, connect(bad.Addr().(*net.TCPAddr).Port), ok5 + reply5(2), "tcp " + bad.Addr().String()},
+		{"http, denied", socks, fmt.Sprintf("CONNECT %s HTTP/1.1\r\n\r\n", bad.Addr()), "HTTP/1.1 403 Forbidden\r\n", "tcp " + bad.Addr().String()},
+		{"no answer that is one", socks, hello5 + "\x05\x01\x00\x03\x03odd\x00\x01", ok5 + reply5(1), "tcp odd:1"},
+		{"socks, allowed", socks, connect(good.Port) + "hi", ok5 + reply5(0) + "hi", "tcp " + good.String()},
+	} {
+		mu.Lock()
+		asked = nil
+		mu.Unlock()
+		near := dial(t, "tcp", c.at)
+		fmt.Fprint(near, c.say)
+		near.CloseWrite()
+		got, _ := io.ReadAll(near) // a refusal may be a reset
+		mu.Lock()
+		if string(got) != c.want && !(strings.HasPrefix(c.want, "HTTP") && strings.HasPrefix(string(got), c.want)) || strings.Join(asked, "|") != c.asked {
+			t.Errorf("%s: %q, want %q; asked about %q", c.name, got, c.want, asked)
+		}
+		mu.Unlock()
+	}
+	select {
+	case <-came:
+		t.Error("connected to what was denied")
+	default:
+	}
+}
+
+// What was kept and can't be read for a moment is neither lost nor overwritten.
+func TestKeptLater(t *testing.T) {
+	w := newWorld(t)
+	port := free(t)
+	data := fmt.Sprintf(`{"version":1,"last":7,"added":[{"id":7,"kind":"dynamic","spec":"127.0.0.1:%d","host":"h"}]}`, port)
+	if _, err := w.Master.Keep(t.Context(), &pluginpb.KeepRequest{Data: []byte(data)}); err != nil {
+		t.Fatal(err)
+	}
+	var broken atomic.Bool
+	broken.Store(true)
+	w.Master.OnKept = func() error {
+		if broken.Load() {
+			return grpcstatus.Error(codes.FailedPrecondition, "kept data: too many open files")
+		}
+		return nil
+	}
+	w.use(`{}`)
+	const want = "muxproxy: the forwards that were added before can't be read: kept data: too many open files\n"
+	if code, out := w.command("add", "-D", fmt.Sprint(free(t)), "h"); code != 255 || out != want {
+		t.Errorf("%d: %s", code, out)
+	}
+	broken.Store(false)
+	until(t, "restored", func() bool { return len(w.list()) == 1 })
+	w.opened(0)
+	if code, out := w.command("add", "-D", fmt.Sprintf("127.0.0.1:%d", free(t)), "h"); code != 0 || !strings.HasPrefix(out, "8: ") {
+		t.Errorf("%d: %s", code, out)
+	}
+	w.use(`{}`)
+	kept, err := w.Master.Kept(t.Context(), nil)
+	if err != nil || strings.Count(string(kept.GetData()), `"id":`) != 2 || len(w.list()) != 2 {
+		t.Errorf("%s, %v", kept.GetData(), err)
+	}
+}
+
+// A forward that has as many clients as it can take, who say nothing, leaves the others alone, and ends at once.
+func TestFull(t *testing.T) {
+	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
+	w := newWorld(t)
+	var mu sync.Mutex // guards block
+	block := "0"
+	w.Master.OnResolve = func(target string) (*pluginpb.ResolveResponse, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return &pluginpb.ResolveResponse{Target: &pluginpb.Target{User: "u", Host: target, Port: 22}, Block: block}, nil
+	}
+	w.use(fmt.Sprintf(`{"dynamic": [{"address": "127.0.0.1:%d", "users": "any"}], "local": [{"address": "127.0.0.1:%d", "to": %q, "users": "self"}],
+		"remote": [{"address": "127.0.0.1:0", "to": %q}]}`, free(t), free(t), to, to))
+	w.opened(0)
+	list := w.p.all()
+	var at [3]string
+	for i := range list {
+		at[i] = w.opened(i)
+	}
+	for i, f := range list {
+		if f.spec.kind == local {
+			if got := talk(t, dial(t, "tcp", at[i]), "x"); got != "x" {
+				t.Errorf("while nothing is full: %q", got)
+			}
+			continue
+		}
+		for range cap(f.slots) { // what clients that say nothing have
+			f.slots <- struct{}{}
+		}
+		if f.spec.kind == dynamic {
+			dial(t, "tcp", at[i])
+		}
+	}
+	for i, f := range list {
+		switch f.spec.kind {
+		case local:
+			if got := talk(t, dial(t, "tcp", at[i]), "x"); got != "x" {
+				t.Errorf("another forward: %q", got)
+			}
+		case remote:
+			if b, err := io.ReadAll(dial(t, "tcp", at[i])); len(b) > 0 || err != nil && !strings.Contains(err.Error(), "reset") {
+				t.Errorf("one too many from the server: %q, %v", b, err)
+			}
+		}
+	}
+	mu.Lock()
+	block = "1"
+	mu.Unlock()
+	for _, f := range list {
+		f.wake()
+	}
+	until(t, "closed", func() bool {
+		for _, s := range w.list() {
+			if s.State != waiting {
+				return false
+			}
+		}
+		return true
+	})
+}
+
 // What commands add: with a time, with the clients, over restarts.
 func TestCommands(t *testing.T) {
 	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
