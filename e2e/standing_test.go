@@ -186,12 +186,37 @@ func TestStandingForwards(t *testing.T) {
 		w.reload(w.standing(""))
 		say("and after that")
 
-		// A file that is wrong changes nothing, and the line is the plugin's.
-		w.policy(w.standing(`dynamic "0.0.0.0:1080" {}`))
-		if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, "config.hcl:6:1: forward: 0.0.0.0:1080 lets other machines in") {
+		// A file that is wrong changes nothing, and the line is the plugin's. With gateway it is right.
+		everywhere := fmt.Sprintf("0.0.0.0:%d", freePort(t))
+		w.policy(w.standing(fmt.Sprintf("dynamic %q {}", everywhere)))
+		if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, "config.hcl:6:1: forward: "+everywhere+" lets other machines in") {
 			t.Errorf("%+v", r)
 		}
+		if r := w.mux("forward", "add", "-D", everywhere, "box"); r.status != 1 || !strings.Contains(r.err, "only policy can allow that") {
+			t.Errorf("%+v", r)
+		}
+		w.reload(w.standing(fmt.Sprintf("dynamic %q { gateway = true }", everywhere)))
+		w.allOpen(1)
+		outside := net.JoinHostPort(ownAddress(t), strings.TrimPrefix(everywhere, "0.0.0.0:"))
+		if got := w.curl("--socks5-hostname", outside, url); got != "the page" {
+			t.Errorf("%s: %s", outside, got)
+		}
 	})
+}
+
+// ownAddress is an address of this machine that other machines see, or without a network one that no forward has by itself.
+func ownAddress(t *testing.T) string {
+	t.Helper()
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
+			return n.IP.String()
+		}
+	}
+	return "127.0.0.2"
 }
 
 func statError(path string) error {

@@ -35,6 +35,9 @@ func TestMain(m *testing.M) {
 	if to := os.Getenv("PLAY_CLIENT"); to != "" {
 		playClient(to)
 	}
+	if address := os.Getenv("PLAY_MACHINE"); address != "" {
+		playMachine(address)
+	}
 	os.Exit(m.Run())
 }
 

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -178,23 +179,27 @@ func TestFinder(t *testing.T) {
 // playClient connects to NETWORK ADDRESS and prints what comes back for "hi".
 func playClient(to string) {
 	network, address, _ := strings.Cut(to, " ")
+	fmt.Println(say(network, address))
+	os.Exit(0)
+}
+
+// say says what comes back for "hi".
+func say(network, address string) string {
 	c, err := net.DialTimeout(network, address, 20*time.Second)
-	if errors.Is(err, syscall.ECONNRESET) { // that fast
-		fmt.Println("cut off")
-		os.Exit(0)
+	switch {
+	case errors.Is(err, syscall.ECONNRESET): // that fast
+		return "cut off"
+	case err != nil:
+		return "no way: " + shorter(err).Error()
 	}
-	if err != nil {
-		fmt.Println("no way:", err)
-		os.Exit(0)
-	}
+	defer c.Close()
 	c.SetDeadline(time.Now().Add(20 * time.Second))
 	fmt.Fprint(c, "hi")
 	b := make([]byte, 2)
 	if _, err := io.ReadFull(c, b); err != nil {
-		b = []byte("cut off")
+		return "cut off"
 	}
-	fmt.Printf("%s\n", b)
-	os.Exit(0)
+	return string(b)
 }
 
 // Only this user's processes come in, unless policy says otherwise. Who may not is put into the audit log.
@@ -261,7 +266,7 @@ func TestUsers(t *testing.T) {
 	} else {
 		w.p.uid++ // everybody else can only be somebody else's plugin
 	}
-	for i, want := range []string{"cut off", "hi", "no way: dial unix " + self + ": connect: permission denied", "hi"} {
+	for i, want := range []string{"cut off", "hi", "no way: permission denied", "hi"} {
 		if i == 2 && me != 0 {
 			want = "cut off"
 		}
@@ -277,6 +282,125 @@ func TestUsers(t *testing.T) {
 		t.Errorf("another user's process: %s", got)
 	}
 	w.recorded("refused u@test.example.com:22 local 127.0.0.1:", 1)
+}
+
+// Another machine comes in only where gateway and users = "any" are said: a network of this test's own has one.
+func TestAnotherMachine(t *testing.T) {
+	if os.Getenv("PLAY_NETWORK") != "" {
+		inNetwork(t)
+		return
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, "-test.run=^TestAnotherMachine$", "-test.timeout=60s")
+	cmd.Env = append(os.Environ(), "PLAY_NETWORK=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if uid := os.Geteuid(); uid != 0 {
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
+	}
+	out, err := cmd.CombinedOutput()
+	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EACCES) {
+		t.Logf("this system lets nobody have a network of their own: %v", err) // such as a container
+		return
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+func inNetwork(t *testing.T) {
+	ip := func(args string) {
+		t.Helper()
+		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s (package iproute2): %v\n%s", args, err, out)
+		}
+	}
+	// The other machine is a process with a network of its own, which dials what it reads.
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	machine := exec.Command(exe)
+	machine.Env = append(os.Environ(), "PLAY_MACHINE=192.0.2.2/24")
+	machine.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	machine.Stderr = os.Stderr
+	in, err1 := machine.StdinPipe()
+	out, err2 := machine.StdoutPipe()
+	if err := errors.Join(err1, err2, machine.Start()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		if err := machine.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	ip("link set lo up")
+	ip("link add near type veth peer name far")
+	ip("address add 192.0.2.1/24 dev near")
+	ip("link set near up")
+	ip(fmt.Sprintf("link set far netns %d", machine.Process.Pid))
+	answers := bufio.NewScanner(out)
+	from := func(at string) string {
+		t.Helper()
+		fmt.Fprintln(in, at)
+		if !answers.Scan() {
+			t.Fatalf("the other machine ends: %v", answers.Err())
+		}
+		return answers.Text()
+	}
+
+	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
+	w := newWorld(t)
+	var port [4]int
+	for i := range port {
+		port[i] = free(t)
+	}
+	block := func(address, users string, gateway bool) string {
+		return fmt.Sprintf(`{"address": %q, "to": %q, "users": %q, "gateway": %v}`, address, to, users, gateway)
+	}
+	w.use(fmt.Sprintf(`{"local": [%s, %s, %s, %s]}`,
+		block(fmt.Sprintf("192.0.2.1:%d", port[0]), "any", true), block(fmt.Sprintf("*:%d", port[1]), "any", true),
+		block(fmt.Sprintf("192.0.2.1:%d", port[2]), "self", true), block(fmt.Sprint(port[3]), "any", false)))
+	w.opened(0)
+	for i, c := range []struct{ there, here string }{
+		{"hi", "hi"}, {"hi", "hi"}, {"cut off", "hi"}, {"no way: connection refused", "no way: connection refused"},
+	} {
+		at := fmt.Sprintf("192.0.2.1:%d", port[i])
+		if got := from(at); got != c.there {
+			t.Errorf("forward %d from another machine: %s, want %s", i, got, c.there)
+		}
+		if got := say("tcp", at); got != c.here {
+			t.Errorf("forward %d from this machine: %s, want %s", i, got, c.here)
+		}
+	}
+	w.recorded(fmt.Sprintf("refused u@test.example.com:22 local 192.0.2.1:%d to %s, from 192.0.2.2:", port[2], to), 1)
+}
+
+// playMachine has the interface "far", as soon as that comes, and tells what each address that it reads says to "hi".
+func playMachine(address string) {
+	up := func() error {
+		for _, args := range [][]string{{"address", "add", address, "dev", "far"}, {"link", "set", "far", "up"}} {
+			if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+				return fmt.Errorf("ip %q: %w: %s", args, err, out)
+			}
+		}
+		return nil
+	}
+	lines := bufio.NewScanner(os.Stdin)
+	for first := true; lines.Scan(); first = false {
+		if first {
+			if err := up(); err != nil {
+				fmt.Println(err)
+				os.Exit(1)
+			}
+		}
+		fmt.Println(say("tcp", lines.Text()))
+	}
+	os.Exit(0)
 }
 
 // Out of descriptors, a listener waits for better times.
