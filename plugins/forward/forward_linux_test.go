@@ -829,8 +829,8 @@ func TestCommands(t *testing.T) {
 		want   string
 	}{
 		{nil, 2, "add, list or remove"},
-		{[]string{"nonsense"}, 2, "unknown command"},
-		{[]string{"add"}, 2, "accepts 1 arg"},
+		{[]string{"nonsense"}, 2, `unknown command "nonsense" for "muxproxy forward"`},
+		{[]string{"add"}, 2, "give one HOST besides the option and its SPEC, not 0"},
 		{[]string{"add", "h"}, 2, "give one of -L, -R and -D"},
 		{[]string{"add", "-L", spec, "-D", "1080", "h"}, 2, "give one of"},
 		{[]string{"add", "-L", "8080", "h"}, 2, `"8080" is no local forward: write [ADDRESS:]PORT:HOST:HOSTPORT`},
@@ -844,7 +844,7 @@ func TestCommands(t *testing.T) {
 		{[]string{"add", "-L", spec, "h"}, 1, "there is such a forward already: 2"},
 		{[]string{"add", "-D", fmt.Sprint(short), "--for", "1h", "h"}, 0, fmt.Sprintf("3: listening on 127.0.0.1:%d and [::1]:%d\n", short, short)},
 		{[]string{"list"}, 0, "2   local    127.0.0.1:" + fmt.Sprint(port)},
-		{[]string{"remove"}, 2, "accepts 1 arg"},
+		{[]string{"remove"}, 2, "give one ID or SPEC, not 0"},
 		{[]string{"remove", "99"}, 1, `there is no forward "99"`},
 		{[]string{"remove", "p1"}, 1, "p1 is policy's, in host"},
 	} {
@@ -852,6 +852,26 @@ func TestCommands(t *testing.T) {
 		if code != c.status || !strings.Contains(out, c.want) || strings.Count(out, "\n") != 1 && c.args[0] != "list" {
 			t.Errorf("%q: %d\n%s", c.args, code, out)
 		}
+	}
+	for args, want := range map[string]string{
+		"--help": "\n  muxproxy forward [command]\n", "add --help": "\n  muxproxy forward add (-L|-R|-D) SPEC HOST [flags]\n",
+		"list --help": "\n  muxproxy forward list [flags]\n", "remove --help": "\n  muxproxy forward remove ID|SPEC [flags]\n",
+	} {
+		if code, out := w.command(strings.Fields(args)...); code != 0 || !strings.Contains(out, want) || strings.Contains(out, "muxproxy add") {
+			t.Errorf("%s: %d\n%s", args, code, out)
+		}
+	}
+	// A port that the server chose is what the list shows, and what remove takes.
+	if code, out := w.command("add", "-R", "127.0.0.1:0:h:80", "h"); code != 0 {
+		t.Error(out)
+	}
+	at := w.list()[3].Listening[0]
+	if _, out := w.command("list"); !strings.Contains(out, "4   remote   "+at+" ") {
+		t.Errorf("%s is not in\n%s", at, out)
+	}
+	_, chosen, _ := net.SplitHostPort(at)
+	if code, out := w.command("remove", chosen); code != 0 || len(w.list()) != 3 {
+		t.Errorf("%d: %s", code, out)
 	}
 	// A new process of the plugin finds what was added.
 	kept, err := w.Master.Kept(t.Context(), nil)
@@ -884,7 +904,7 @@ func TestCommands(t *testing.T) {
 		t.Errorf("%+v", w2.list())
 	}
 	// An ID is never given twice, and what is over ends.
-	if code, out := w2.command("add", "-L", spec, "h", "--for", "2s"); code != 0 || !strings.HasPrefix(out, "4: ") {
+	if code, out := w2.command("add", "-L", spec, "h", "--for", "2s"); code != 0 || !strings.HasPrefix(out, "5: ") {
 		t.Error(code, out)
 	}
 	until(t, "over", func() bool { return len(w2.list()) == 0 })
