@@ -479,7 +479,7 @@ func TestTheHalvesOfForwards(t *testing.T) {
 		for i := range at {
 			at[i] = loopback(freePort(t))
 		}
-		at[1] = w.path("near")
+		at[1], at[5], at[6] = w.path("near"), w.path("socks"), w.path("far")
 		w.policy(w.standing(fmt.Sprintf("local %q { to = %q }\nlocal %q { to = %q }\ndynamic %q {}\nremote %q { to = %q }\n",
 			at[0], to, at[1], to, at[2], at[3], to)))
 		if r := w.mux("master", "start"); r.status != 0 {

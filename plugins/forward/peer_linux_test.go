@@ -217,8 +217,9 @@ func TestUsers(t *testing.T) {
 	self, selfUnix := filepath.Join(dir, "self"), filepath.Join(dir, "any")
 	w.use(fmt.Sprintf(`{"local": [
 		{"address": "127.0.0.1:%d", "to": %q, "users": "self"}, {"address": "127.0.0.1:%d", "to": %q, "users": "any"},
-		{"address": %q, "to": %q, "users": "self"}, {"address": %q, "to": %q, "users": "any"}]}`,
-		free(t), to, free(t), to, self, to, selfUnix, to))
+		{"address": %q, "to": %q, "users": "self"}, {"address": %q, "to": %q, "users": "any"}],
+		"dynamic": [{"address": "127.0.0.1:%d", "users": "self"}]}`,
+		free(t), to, free(t), to, self, to, selfUnix, to, free(t)))
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -236,15 +237,22 @@ func TestUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.opened(0)
+	if code, out := w.command("add", "-L", fmt.Sprintf("127.0.0.1:%d:%s", free(t), to), "h"); code != 0 {
+		t.Fatal(out)
+	}
+	var at [6]string
+	for i, s := range w.list() {
+		at[i] = s.Listening[0]
+	}
 	try := func(i int, uid int) string {
 		t.Helper()
 		network := "tcp"
-		if i >= 2 {
+		if strings.HasPrefix(at[i], "/") {
 			network = "unix"
 		}
 		cmd := exec.Command(client)
 		cmd.Dir = "/"
-		cmd.Env = []string{"PLAY_CLIENT=" + network + " " + w.opened(i)}
+		cmd.Env = []string{"PLAY_CLIENT=" + network + " " + at[i]}
 		if uid != os.Geteuid() {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 		}
@@ -255,19 +263,24 @@ func TestUsers(t *testing.T) {
 		return strings.TrimSpace(string(out))
 	}
 	me := os.Geteuid()
-	for i := range 4 {
-		if got := try(i, me); got != "hi" {
+	for i := range at {
+		want := "hi"
+		if i == 0 {
+			want = "cut off" // it speaks no SOCKS
+		}
+		if got := try(i, me); got != want {
 			t.Errorf("own process, forward %d: %s", i, got)
 		}
 	}
+	w.recorded("refused ", 0)
 	other := me
 	if me == 0 {
 		other = 65534 // root can be somebody else
 	} else {
 		w.p.uid++ // everybody else can only be somebody else's plugin
 	}
-	for i, want := range []string{"cut off", "hi", "no way: permission denied", "hi"} {
-		if i == 2 && me != 0 {
+	for i, want := range []string{"cut off", "cut off", "hi", "no way: permission denied", "hi", "cut off"} {
+		if i == 3 && me != 0 {
 			want = "cut off"
 		}
 		if got := try(i, other); got != want {
@@ -278,10 +291,11 @@ func TestUsers(t *testing.T) {
 	if err := os.Chmod(self, 0o666); err != nil {
 		t.Fatal(err)
 	}
-	if got := try(2, other); got != "cut off" {
+	if got := try(3, other); got != "cut off" {
 		t.Errorf("another user's process: %s", got)
 	}
-	w.recorded("refused u@test.example.com:22 local 127.0.0.1:", 1)
+	w.recorded("refused u@test.example.com:22 dynamic 127.0.0.1:", 1)
+	w.recorded("refused u@test.example.com:22 local 127.0.0.1:", 2) // of policy and of the command
 }
 
 // Another machine comes in only where gateway and users = "any" are said: a network of this test's own has one.
