@@ -37,8 +37,9 @@ type streams struct {
 	mu      sync.Mutex // guards what follows
 	at      *place
 	closed  bool
-	ending  chan struct{}                          // closed with it
-	tickets map[[pluginrun.TicketSize]byte]*ticket // those that were spent, too, while an incoming stream lasts
+	ending  chan struct{} // closed with it
+	tickets map[[pluginrun.TicketSize]byte]*ticket
+	taken   map[[pluginrun.TicketSize]byte]*ticket // those of incoming streams that were spent, while the streams last
 	open    map[io.Closer]bool                     // what close has to end
 }
 
@@ -48,7 +49,6 @@ type ticket struct {
 	stream     Stream
 	data       []byte // goes first
 	timer      *time.Timer
-	spent      bool
 }
 
 func listenStreams(m *Manager) (*streams, error) {
@@ -57,7 +57,8 @@ func listenStreams(m *Manager) (*streams, error) {
 		return nil, err
 	}
 	s := &streams{
-		m: m, at: at, ending: make(chan struct{}), tickets: map[[pluginrun.TicketSize]byte]*ticket{}, open: map[io.Closer]bool{},
+		m: m, at: at, ending: make(chan struct{}), tickets: map[[pluginrun.TicketSize]byte]*ticket{},
+		taken: map[[pluginrun.TicketSize]byte]*ticket{}, open: map[io.Closer]bool{},
 	}
 	s.accepting.Go(s.run)
 	return s, nil
@@ -160,7 +161,7 @@ func (s *streams) ticket(session int, connection uint64, stream Stream, data []b
 	}
 	waiting := 0
 	for _, t := range s.tickets {
-		if t.session == session && !t.spent && t.connection == connection {
+		if t.session == session && t.connection == connection {
 			waiting++
 		}
 	}
@@ -181,7 +182,7 @@ func (s *streams) ticket(session int, connection uint64, stream Stream, data []b
 func (s *streams) remove(id [pluginrun.TicketSize]byte, t *ticket) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.tickets[id] != t || t.spent {
+	if s.tickets[id] != t {
 		return false
 	}
 	delete(s.tickets, id)
@@ -197,14 +198,17 @@ func (s *streams) incoming(session int, id []byte) (stream Incoming, connection 
 	key := [pluginrun.TicketSize]byte(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t := s.tickets[key]
-	if t == nil || t.session != session || t.connection == 0 || !t.spent && !t.timer.Stop() {
+	t, spent := s.taken[key]
+	if !spent {
+		t = s.tickets[key]
+	}
+	if t == nil || t.session != session || t.connection == 0 || !spent && !t.timer.Stop() {
 		return nil, 0, nil
 	}
 	return t.stream.(Incoming), t.connection, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.tickets[key] == t && !t.spent {
+		if s.tickets[key] == t {
 			t.timer.Reset(s.m.o.Timing.Ticket)
 		}
 	}
@@ -215,12 +219,13 @@ func (s *streams) redeem(id [pluginrun.TicketSize]byte, session int) *ticket {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t := s.tickets[id]
-	if t == nil || t.session != session || t.spent {
+	if t == nil || t.session != session {
 		return nil
 	}
+	delete(s.tickets, id)
 	t.timer.Stop()
-	if t.spent = true; t.connection == 0 {
-		delete(s.tickets, id)
+	if t.connection != 0 {
+		s.taken[id] = t
 	}
 	return t
 }
@@ -228,7 +233,7 @@ func (s *streams) redeem(id [pluginrun.TicketSize]byte, session int) *ticket {
 // forget is told that the stream of a ticket that was redeemed has ended.
 func (s *streams) forget(id [pluginrun.TicketSize]byte) {
 	s.mu.Lock()
-	delete(s.tickets, id)
+	delete(s.taken, id)
 	s.mu.Unlock()
 }
 
@@ -237,7 +242,7 @@ func (s *streams) revoke(session int) {
 	var lost []Stream
 	s.mu.Lock()
 	for id, t := range s.tickets {
-		if t.session == session && !t.spent {
+		if t.session == session {
 			delete(s.tickets, id)
 			t.timer.Stop()
 			lost = append(lost, t.stream)
@@ -377,9 +382,7 @@ func (s *streams) close() {
 	for id, t := range s.tickets {
 		delete(s.tickets, id)
 		t.timer.Stop()
-		if !t.spent { // else it is in open
-			lost = append(lost, t.stream)
-		}
+		lost = append(lost, t.stream)
 	}
 	s.mu.Unlock()
 	for _, c := range lost {

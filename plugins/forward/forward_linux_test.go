@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -145,6 +146,14 @@ func (w *world) opened(i int) string {
 		return true
 	})
 	return list[i].Listening[0]
+}
+
+// emptied waits until no connection has the place of one without a stream.
+func (w *world) emptied() {
+	w.t.Helper()
+	until(w.t, "all places are free", func() bool {
+		return !slices.ContainsFunc(w.p.all(), func(f *forward) bool { return len(f.slots) > 0 })
+	})
 }
 
 // recorded waits until the audit log has so many lines with text in them, and checks that it has no more.
@@ -644,6 +653,7 @@ func TestRemoteDynamic(t *testing.T) {
 		t.Errorf("nobody there: %q", got)
 	}
 	until(t, "counted", func() bool { s := w.list()[0]; return s.In >= 3 && s.Out >= 3 })
+	w.emptied()
 }
 
 // Policy decides where what comes from the server may lead, to a fixed place and by SOCKS; nothing is connected to before.
@@ -1063,6 +1073,7 @@ func TestMany(t *testing.T) {
 		t.Errorf("%d of %d", good.Load(), many)
 	}
 	until(t, "counted", func() bool { s := w.list()[0]; return s.Total == many && s.In == 6*many && s.Connections == 0 })
+	w.emptied()
 }
 
 // All that the master expects of a plugin.

@@ -423,9 +423,6 @@ func TestDescriptors(t *testing.T) {
 	w := newWorld(t)
 	w.use(fmt.Sprintf(`{"local": [{"address": "127.0.0.1:%d", "to": %q, "users": "self"}]}`, free(t), to))
 	at := w.opened(0)
-	if got := talk(t, dial(t, "tcp", at), "before"); got != "before" {
-		t.Fatalf("%q", got)
-	}
 	var was unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
 		t.Fatal(err)
