@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -17,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -487,6 +489,7 @@ func TestReload(t *testing.T) {
 		t.Errorf("before %+v\nafter %+v", before, after)
 	}
 	w.recorded("opened ", 3)
+	w.recorded("failed ", 0) // what takes the place of another waits for that
 	ping(a)
 	ping(b)
 	w.use(`{}`)
@@ -654,6 +657,28 @@ func TestRemoteDynamic(t *testing.T) {
 	}
 	until(t, "counted", func() bool { s := w.list()[0]; return s.In >= 3 && s.Out >= 3 })
 	w.emptied()
+	// Its streams end with the plugin, and don't look complete.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	port = l.Addr().(*net.TCPAddr).Port
+	c = dial(t, "tcp", at)
+	c.Write([]byte{5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1, byte(port >> 8), byte(port), 'h', 'i'})
+	near, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer near.Close()
+	near.SetDeadline(time.Now().Add(20 * time.Second))
+	if !readIs(near, make([]byte, 2), "hi") {
+		t.Error("no stream")
+	}
+	w.p.Close()
+	if n, err := near.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the plugin has ended: %d bytes, %v", n, err)
+	}
 }
 
 // Policy decides where what comes from the server may lead, to a fixed place and by SOCKS; nothing is connected to before.
@@ -822,6 +847,28 @@ func TestFull(t *testing.T) {
 		}
 		return true
 	})
+}
+
+// Clients that have not said what they want end with their forward.
+func TestSilentClients(t *testing.T) {
+	w := newWorld(t)
+	w.use(`{}`)
+	for _, add := range [][]string{{"-D", fmt.Sprintf("127.0.0.1:%d", free(t))}, {"-R", "127.0.0.1:0"}} {
+		if code, out := w.command(append([]string{"add", "h"}, add...)...); code != 0 {
+			t.Fatal(out)
+		}
+		c := dial(t, "tcp", w.opened(0))
+		fmt.Fprint(c, "\x05")
+		f := w.p.all()[0]
+		until(t, "somebody is there", func() bool { return len(f.slots) == 1 })
+		if code, out := w.command("remove", f.id); code != 0 {
+			t.Error(out)
+		}
+		if n, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%q: %d bytes, %v", add, n, err)
+		}
+		until(t, "its place is free", func() bool { return len(f.slots) == 0 })
+	}
 }
 
 // What commands add: with a time, with the clients, over restarts.

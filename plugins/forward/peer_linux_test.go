@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -435,23 +437,42 @@ func TestDescriptors(t *testing.T) {
 	restore := func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &was) }
 	defer restore()
 	var hoard []*os.File
-	for {
-		f, err := os.Open("/dev/null")
-		if err != nil {
-			break
-		}
-		hoard = append(hoard, f)
-	}
-	hoard[0].Close() // for this client's own socket
-	c := dial(t, "tcp", at)
-	fmt.Fprint(c, "after")
 	f := w.p.all()[0]
+	var c net.Conn
+	// Others may free some meanwhile: then it is accepted, and refused for want of one to look whose it is. Again.
 	until(t, "accept fails", func() bool {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		return len(f.told) > 0
+		for {
+			h, err := os.Open("/dev/null")
+			if err != nil {
+				break
+			}
+			hoard = append(hoard, h)
+		}
+		hoard[0].Close() // for this client's own socket
+		hoard = hoard[1:]
+		var err error
+		if c, err = net.Dial("tcp", at); err != nil {
+			return false
+		}
+		fmt.Fprint(c, "after")
+		for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			f.mu.Lock()
+			told := slices.Collect(maps.Keys(f.told))
+			clear(f.told)
+			f.mu.Unlock()
+			if len(told) > 0 {
+				if strings.HasPrefix(told[0], "can't accept") {
+					return true
+				}
+				break
+			}
+		}
+		c.Close()
+		return false
 	})
-	for _, h := range hoard[1:] {
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	for _, h := range hoard {
 		h.Close()
 	}
 	if !readIs(c, make([]byte, 5), "after") {

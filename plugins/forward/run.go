@@ -578,12 +578,15 @@ func (p *Plugin) join(here *net.TCPConn, stream *net.UnixConn, data []byte) (in,
 		here.Close()
 		stream.Close()
 	}
+	cut := func() { // what is not complete must not look so
+		reset(here)
+		closeBoth()
+	}
 	defer closeBoth()
-	defer context.AfterFunc(p.ctx, closeBoth)()
+	defer context.AfterFunc(p.ctx, cut)()
 	end := func(err error, to interface{ CloseWrite() error }) {
 		if err != nil {
-			reset(here)
-			closeBoth()
+			cut()
 			return
 		}
 		_ = to.CloseWrite() // fails if it is closed already
