@@ -131,7 +131,7 @@ func (b *bench) newWorld(ctx context.Context, s setting) (w *world, err error) {
 		}
 		w.port = w.link.Addr().Port
 	}
-	if err := w.write("known_hosts", fmt.Sprintf("[127.0.0.1]:%d %s", w.port, ssh.MarshalAuthorizedKey(hostKey))); err != nil {
+	if err := w.write("known_hosts", fmt.Sprintf("[127.0.0.1]:%[1]d,[localhost]:%[1]d %[2]s", w.port, ssh.MarshalAuthorizedKey(hostKey))); err != nil {
 		return w, err
 	}
 	for _, way := range append(slices.Clone(allWays), bare) {
@@ -175,7 +175,7 @@ func confName(w way) string {
 	return "ssh_config." + strings.ReplaceAll(strings.ToLower(string(w)), " ", "-")
 }
 
-// config is ssh_config(5) for a way. Its host is "box".
+// config is ssh_config(5) for a way. Its host is "box", and "twin" is the same under a name of its own.
 func (w *world) config(by way) string {
 	c := ""
 	if by == bare { // of a host key that nobody knows; ssh takes the first value of an option
@@ -183,6 +183,9 @@ func (w *world) config(by way) string {
 	}
 	c += fmt.Sprintf(`Host box
     HostName 127.0.0.1
+Host twin
+    HostName localhost
+Host box twin
     Port %d
     User %s
     IdentityFile %s

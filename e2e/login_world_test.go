@@ -164,7 +164,7 @@ func (w *world) agentWith(name string, keys ...string) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	eventually(t, "ssh-agent listens", func() bool { _, err := os.Stat(socket); return err == nil })
+	eventually(t, "ssh-agent listens", func() bool { return listens(socket) })
 	for _, k := range keys {
 		w.run(spec{args: []string{"ssh-add", "-q", w.path(k)}, env: append([]string{"SSH_AUTH_SOCK=" + socket}, w.env...), null: true})
 	}
@@ -323,8 +323,8 @@ func splice(a, b net.Conn) {
 // script puts an executable file into the world's folder.
 func (w *world) script(name, text string) string {
 	w.t.Helper()
-	path := w.write(name, text)
-	if err := os.Chmod(path, 0o700); err != nil {
+	path := w.path(name)
+	if err := writeProgram(path, []byte(text)); err != nil {
 		w.t.Fatal(err)
 	}
 	return filepath.Clean(path)

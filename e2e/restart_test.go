@@ -125,10 +125,7 @@ func TestSocketActivation(t *testing.T) {
 		p := w.start(spec{args: []string{"systemd-socket-activate", "-l", mux, "-l", control,
 			"-E", "HOME", "-E", "XDG_STATE_HOME", "-E", "XDG_RUNTIME_DIR", "-E", "XDG_CONFIG_HOME", "-E", "PATH", "-E", "GORACE",
 			filepath.Join(binDir, "muxproxyd"), "master"}, null: true})
-		eventually(t, "systemd listens", func() bool {
-			_, err := os.Stat(control)
-			return err == nil
-		})
+		p.expectErr("Listening on " + control)
 		want(t, w.ssh("box", "echo activated"), 0, "activated\n")
 		if got := w.mustStatus().PID; got != p.pid() { // it has become the master by execve(2)
 			t.Errorf("the master is %d, not the one that was activated", got)

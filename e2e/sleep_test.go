@@ -39,15 +39,12 @@ func (w *world) newLogind() *logind {
 `, socket))
 	w.start(spec{args: []string{"dbus-daemon", "--config-file=" + conf, "--nofork"}, null: true})
 	l := &logind{address: "unix:path=" + socket}
-	eventually(t, "dbus-daemon listens (package dbus-daemon)", func() bool {
-		_, err := os.Stat(socket)
+	var err error
+	eventually(t, "dbus-daemon answers (package dbus-daemon)", func() bool { // its socket is there before it listens
+		l.conn, err = dbus.Connect(l.address)
 		return err == nil
 	})
-	var err error
 	if l.null, err = os.Open(os.DevNull); err != nil {
-		t.Fatal(err)
-	}
-	if l.conn, err = dbus.Connect(l.address); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -97,6 +98,15 @@ func TestCronAndLoginMeetTheSameMaster(t *testing.T) {
 
 func exists(path string) bool {
 	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// listens reports whether somebody accepts at a socket: its file is there a moment before.
+func listens(path string) bool {
+	c, err := net.Dial("unix", path)
+	if err == nil {
+		c.Close()
+	}
 	return err == nil
 }
 

@@ -353,8 +353,12 @@ func (c *client) serveSocket(spec pool.Spec, nc *net.UnixConn) {
 	connected := make(chan struct{})
 	spec.Connected = sync.OnceFunc(func() { close(connected) })
 	failed := make(chan error, 1)
+	shared := c.master.pool.Alive(spec)
 	l := c.acquire(spec, func(err error) { failed <- err })
 	defer l.release()
+	if shared { // ssh's key exchange and what the gate asks go on at once; what is refused, ssh hears in its login
+		spec.Connected()
+	}
 	select {
 	case <-connected:
 	case <-l.done: // without a word about its transport, or failed

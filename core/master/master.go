@@ -79,6 +79,7 @@ type Master struct {
 
 	lastClient atomic.Uint64
 	wg         sync.WaitGroup // clients
+	again      sync.Mutex     // held while a socket is made again: the two sockets share directory and link
 
 	mu        sync.Mutex      // guards what follows
 	living    *paths.FileLock // says that this is the one living master; nil once given away
@@ -327,6 +328,8 @@ func (m *Master) watch(ctx context.Context, l *paths.Listener, name string, serv
 // listenAgain makes a socket where it was, or, if that place is gone for good, where there always is one: logind takes
 // /run/user/UID away with the user's last session, and the master lives on.
 func (m *Master) listenAgain(name string) (*paths.Listener, error) {
+	m.again.Lock()
+	defer m.again.Unlock()
 	dirs := m.opts.Dirs
 	dirs.Runtime = m.sockets()
 	if dirs.Make() != nil {

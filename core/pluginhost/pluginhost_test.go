@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -42,7 +43,7 @@ func (b *syncBuffer) String() string {
 
 // world is a Manager with a fake master.
 type world struct {
-	t       *testing.T
+	t       testing.TB
 	m       *Manager
 	log     *syncBuffer
 	backend *fakeBackend
@@ -50,7 +51,7 @@ type world struct {
 }
 
 // newWorld makes a Manager, and looks after its end that nothing is left of it: no goroutine, descriptor or file.
-func newWorld(t *testing.T, timing Timing) *world {
+func newWorld(t testing.TB, timing Timing) *world {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "mp") // t.TempDir is too long for sockets
 	if err != nil {
@@ -88,7 +89,7 @@ func newWorld(t *testing.T, timing Timing) *world {
 	return w
 }
 
-func fds(t *testing.T) int {
+func fds(t testing.TB) int {
 	t.Helper()
 	list, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
@@ -98,7 +99,7 @@ func fds(t *testing.T) int {
 }
 
 // spec is a plugin that this binary plays.
-func spec(t *testing.T, name, mode string) Plugin {
+func spec(t testing.TB, name, mode string) Plugin {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
@@ -673,4 +674,26 @@ func (b *fakeBackend) Notify(_ context.Context, by Actor, id uint64, line string
 
 func (b *fakeBackend) Record(by Actor, event, target, detail string) {
 	b.call(by, "record %s %s %s", event, target, detail)
+}
+
+// What one plugin adds to a use: asked one time after another, and after a rest in which both processes went to sleep.
+func BenchmarkCheck(b *testing.B) {
+	for _, rest := range []time.Duration{0, 20 * time.Millisecond} {
+		b.Run("rest="+rest.String(), func(b *testing.B) {
+			w := newWorld(b, Timing{})
+			w.run([]Plugin{spec(b, "a", "")}, block("a", "h", "allow"))
+			u := use.Use{Kind: use.Exec, Target: target("h"), Command: "true"}
+			var took []time.Duration
+			for range b.N {
+				time.Sleep(rest)
+				began := time.Now()
+				if d := w.m.Check(b.Context(), u, nil); d != nil {
+					b.Fatal(d)
+				}
+				took = append(took, time.Since(began))
+			}
+			slices.Sort(took)
+			b.ReportMetric(float64(took[len(took)/2].Microseconds()), "µs/median")
+		})
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -149,7 +150,7 @@ func TestReplacedFile(t *testing.T) {
 	}
 	s.Path = filepath.Join(t.TempDir(), "muxproxy-plugin-a")
 	install := func() {
-		if err := os.WriteFile(s.Path+".new", exe, 0o700); err != nil {
+		if err := writeProgram(s.Path+".new", exe); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Rename(s.Path+".new", s.Path); err != nil {
@@ -405,7 +406,7 @@ func TestAnotherSchemaAfterACrash(t *testing.T) {
 	exe := s.Path
 	script := filepath.Join(t.TempDir(), "muxproxy-plugin-a")
 	play := func(mode string) {
-		if err := os.WriteFile(script+".new", []byte("#!/bin/sh\nexec "+exe+" a "+mode+"\n"), 0o700); err != nil {
+		if err := writeProgram(script+".new", []byte("#!/bin/sh\nexec "+exe+" a "+mode+"\n")); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Rename(script+".new", script); err != nil {
@@ -425,4 +426,12 @@ func TestAnotherSchemaAfterACrash(t *testing.T) {
 	if d := w.check(use.Exec, "h"); d == nil {
 		t.Error("it judges by a block that is not its own")
 	}
+}
+
+// writeProgram writes what will be run. Nothing forks meanwhile: the child would have the file open for writing until its
+// execve(2), and the program could not be run.
+func writeProgram(path string, content []byte) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	return os.WriteFile(path, content, 0o700)
 }
