@@ -849,6 +849,58 @@ func TestFull(t *testing.T) {
 	})
 }
 
+// What can't be had is tried at growing distances, not at the longest from the first time on.
+func TestBackOff(t *testing.T) {
+	w := newWorld(t)
+	w.p.timing.first, w.p.timing.most = time.Millisecond, time.Hour
+	var tries atomic.Int32
+	w.Master.OnListen = func(context.Context, *pluginpb.ListenRequest) (net.Listener, error) {
+		tries.Add(1)
+		return nil, grpcstatus.Error(codes.FailedPrecondition, "the server refused the remote forward")
+	}
+	w.use(`{"remote": [{"address": "127.0.0.1:0", "to": "h:80"}]}`)
+	until(t, "tried again", func() bool { return tries.Load() >= 5 })
+}
+
+// A machine that slept for longer than a forward was wanted: its timer stood still.
+func TestOverdue(t *testing.T) {
+	w := newWorld(t)
+	w.use(`{}`)
+	if code, out := w.command("add", "h", "-D", fmt.Sprintf("127.0.0.1:%d", free(t)), "--for", "1h"); code != 0 {
+		t.Fatal(out)
+	}
+	w.p.Observe(t.Context(), plugin.Event{Kind: "wake"})
+	if len(w.list()) != 1 {
+		t.Fatal("ended before its time")
+	}
+	f := w.p.all()[0]
+	f.timer.Stop()
+	f.until = time.Now().Add(-time.Second)
+	w.p.Observe(t.Context(), plugin.Event{Kind: "wake"})
+	if list := w.list(); len(list) != 0 {
+		t.Errorf("%+v", list)
+	}
+	w.recorded("command: its time is over", 1)
+}
+
+// As many as can be kept, and no more.
+func TestTooMany(t *testing.T) {
+	w := newWorld(t)
+	w.use(`{}`)
+	dir := t.TempDir()
+	for i := range maxAdded {
+		if code, out := w.command("add", "h", "-D", filepath.Join(dir, fmt.Sprint(i))); code != 0 {
+			t.Fatal(out)
+		}
+	}
+	if code, out := w.command("add", "h", "-D", filepath.Join(dir, "x")); code != 1 || out != "muxproxy: there are 64 forwards already: remove some\n" {
+		t.Errorf("%d: %s", code, out)
+	}
+	if code, out := w.command("add", strings.Repeat("h", maxText+1), "-D", "1080"); code != 2 || out != "muxproxy: more than 300 bytes are too long\n" {
+		t.Errorf("%d: %s", code, out)
+	}
+}
+
 // Clients that have not said what they want end with their forward.
 func TestSilentClients(t *testing.T) {
 	w := newWorld(t)
