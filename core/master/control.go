@@ -66,6 +66,8 @@ func detail(u use.Use) string {
 		return use.Printable(u.Subsystem)
 	case use.Other:
 		return use.Printable(u.Name)
+	case use.RemoteForward:
+		return use.Printable(strings.TrimSpace(u.Name + " " + u.Addr))
 	}
 	return use.Printable(u.Addr)
 }
