@@ -117,15 +117,30 @@ func TestAMasterLeavesNothingButItsLogs(t *testing.T) {
 	}
 }
 
+// Somebody may take away the state directory as a whole, too.
 func TestAVanishedSocketIsMadeAgain(t *testing.T) {
-	dirs := newDirs(t)
-	ready, _, _ := start(t, dirs)
-	within(t, "ready", ready)
-	if err := os.RemoveAll(dirs.Runtime); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{paths.MuxSocket, paths.ControlSocket} {
-		eventually(t, name+" is there again", func() bool { return canDial(dirs, name) })
+	for name, gone := range map[string]func(paths.Dirs) []string{
+		"sockets":    func(d paths.Dirs) []string { return []string{d.Runtime} },
+		"everything": func(d paths.Dirs) []string { return []string{d.State, d.Runtime} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dirs := newDirs(t)
+			ready, _, _ := start(t, dirs)
+			within(t, "ready", ready)
+			for _, dir := range gone(dirs) {
+				if err := os.RemoveAll(dir); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, name := range []string{paths.MuxSocket, paths.ControlSocket} {
+				eventually(t, name+" is there again", func() bool { return canDial(dirs, name) })
+			}
+			b, err := os.ReadFile(filepath.Join(dirs.State, paths.KnownHosts))
+			if err != nil || strings.Count(string(b), "@cert-authority * ecdsa") != 1 {
+				t.Errorf("known_hosts %q, %v", b, err)
+			}
+		})
 	}
 }
 

@@ -245,7 +245,7 @@ func TestCloseWithAStalledStream(t *testing.T) {
 	w.run([]Plugin{spec(t, "a", "")})
 	inst, _ := w.m.set().find("a").up()
 	s := &stalled{writing: make(chan struct{}), ended: make(chan struct{})}
-	id, err := w.m.streams.ticket(inst.PID(), s, []byte("goes first"))
+	id, err := w.m.streams.ticket(inst.PID(), 0, s, []byte("goes first"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,15 +267,24 @@ func TestTicketsOfEachPlugin(t *testing.T) {
 	closed := &stalled{ended: make(chan struct{})}
 	close(closed.ended)
 	for range maxTickets {
-		if _, err := w.m.streams.ticket(1, closed, nil); err != nil {
+		if _, err := w.m.streams.ticket(1, 0, closed, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := w.m.streams.ticket(1, closed, nil); err == nil {
+	if _, err := w.m.streams.ticket(1, 0, closed, nil); err == nil {
 		t.Error("one more than there may be")
 	}
-	if _, err := w.m.streams.ticket(2, closed, nil); err != nil {
+	if _, err := w.m.streams.ticket(2, 0, closed, nil); err != nil {
 		t.Errorf("another plugin's: %v", err)
+	}
+	if _, err := w.m.streams.ticket(1, 7, closed, nil); err != nil {
+		t.Errorf("of what comes in from a host: %v", err)
+	}
+	for range maxTickets {
+		w.m.streams.ticket(1, 7, closed, nil)
+	}
+	if _, err := w.m.streams.ticket(1, 8, closed, nil); err != nil {
+		t.Errorf("of what comes in from another host: %v", err)
 	}
 }
 
