@@ -28,10 +28,12 @@ func (p *Pool) transport(spec Spec, by use.Use, ask Asker, through func(*upstrea
 	last := len(spec.Via) - 1
 	hop := spec.Via[last]
 	hop.Via = spec.Via[:last]
-	hop.Env, hop.Say, hop.Debug = spec.Env, spec.Say, spec.Debug
-	hop.Banner = func(text string) {
-		for line := range strings.Lines(text) {
-			spec.Banner("jump host " + hop.Target.Host + ": " + line) // or it would pass for the target's
+	hop.Env, hop.Say, hop.Debug, hop.Silent = spec.Env, spec.Say, spec.Debug, spec.Silent
+	if spec.Banner != nil {
+		hop.Banner = func(text string) {
+			for line := range strings.Lines(text) {
+				spec.Banner("jump host " + hop.Target.Host + ": " + line) // or it would pass for the target's
+			}
 		}
 	}
 	timeout := defaultConnectTimeout
