@@ -319,10 +319,9 @@ func (p *Pool) grow(ctx context.Context, k laneKey, spec Spec, by use.Use, f *fl
 		}
 		u.keepSpareLocked()
 		// Those who waited for it may have left.
-		u.idle++
-		u.left = time.Now()
-		idle := u.idle
-		p.wg.Go(func() { u.release(idle) })
+		if len(u.leases) == 0 {
+			u.idleLocked()
+		}
 	} else if f.reason == nil {
 		g.failed = time.Now()
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -660,6 +661,25 @@ func TestRetention(t *testing.T) {
 	if d.count() != 1 {
 		t.Errorf("%d dials", d.count())
 	}
+}
+
+// A connection that is kept for long is used often: what waits for the end of a time without clients ends with that time.
+func TestWhoComesEndsTheWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hour := time.Now().Add(time.Hour)
+		p := New(&dialer{}, keeper{until: func() time.Time { return hour }, asked: make(chan ConnInfo, 100)}, gate, zerolog.Nop())
+		defer p.Close()
+		acquire(t, p, spec("alice")).Release()
+		synctest.Wait()
+		before := runtime.NumGoroutine()
+		for range 50 {
+			acquire(t, p, spec("alice")).Release()
+			synctest.Wait()
+		}
+		if n := runtime.NumGoroutine(); n > before+10 {
+			t.Errorf("%d goroutines after 50 clients, %d before", n, before)
+		}
+	})
 }
 
 // slowly is a Retainer that takes a moment, or none, to say that a connection stays for a second.
