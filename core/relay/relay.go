@@ -230,23 +230,14 @@ func (r *Relay) openDirect(nc ssh.NewChannel, earlier <-chan struct{}) (ssh.Chan
 	u.Name = nc.ChannelType()
 	switch nc.ChannelType() {
 	case "direct-tcpip":
-		var m struct {
-			Host       string
-			Port       uint32
-			Origin     string
-			OriginPort uint32
-		}
+		var m pool.TCPChannel
 		if err := ssh.Unmarshal(nc.ExtraData(), &m); err != nil {
 			_ = nc.Reject(ssh.ConnectionFailed, "malformed direct-tcpip")
 			return nil, nil, nil
 		}
 		u.Kind, u.Name, u.Addr = use.LocalForward, "", pool.Addr{Host: m.Host, Port: m.Port}.String()
 	case "direct-streamlocal@openssh.com":
-		var m struct {
-			Path         string
-			Reserved     string
-			ReservedPort uint32
-		}
+		var m pool.StreamlocalChannel
 		if err := ssh.Unmarshal(nc.ExtraData(), &m); err != nil {
 			_ = nc.Reject(ssh.ConnectionFailed, "malformed direct-streamlocal@openssh.com")
 			return nil, nil, nil
