@@ -527,6 +527,25 @@ func (w *world) forward(c *client, name string, payload, reply any) {
 
 type portMsg struct{ Port uint32 }
 
+// A client that came in the moment when the connection broke goes on with another; but not without the forwards that it was
+// granted on the one that has ended.
+func TestAGrantedForwardEndsWithItsConnection(t *testing.T) {
+	for _, granted := range []bool{false, true} {
+		w := newWorld(t)
+		w.again = true
+		c := w.connect(true)
+		if granted {
+			w.forward(c, "tcpip-forward", forwardMsg{"localhost", 4711}, nil)
+		}
+		w.tcp.Close()
+		if granted {
+			within(t, "the client is cut", c.ran)
+		} else {
+			nothing(t, "the end of a client that has lost nothing", c.ran)
+		}
+	}
+}
+
 func TestRemoteForwardsBelongToTheirClient(t *testing.T) {
 	w := newWorld(t)
 	a, b := w.connect(true), w.connect(true)
