@@ -35,8 +35,10 @@ type Client interface {
 }
 
 const (
-	// maxQueued bounds the requests and channel opens of one client that wait; a client past it is cut.
-	maxQueued = 4096
+	// maxQueued bounds the requests and channel opens of one client that wait, and maxQueuedBytes what its global requests
+	// hold, and the set-up of each session; a client past one of them is cut.
+	maxQueued      = 4096
+	maxQueuedBytes = 1 << 20
 	// maxSessions bounds a client's sessions, started or not; a client past it is cut.
 	maxSessions = 1024
 	// flushTime is how long the server may take nothing of what a client sent before it left.
