@@ -589,6 +589,8 @@ func TestX11ConnectionsThatSayNothing(t *testing.T) {
 func FuzzReadX11(f *testing.F) {
 	f.Add(x11Setup(binary.LittleEndian, "MIT-MAGIC-COOKIE-1", "0123456789abcdef"))
 	f.Add(x11Setup(binary.BigEndian, "", ""))
+	f.Add(x11Setup(binary.BigEndian, strings.Repeat("n", 1<<16-1), ""))
+	f.Add(x11Setup(binary.LittleEndian, "MIT-MAGIC-COOKIE-1", strings.Repeat("d", maxX11Auth+4)))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := bytes.NewReader(in)
 		first, cookie, err := readX11(r)
