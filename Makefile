@@ -39,12 +39,12 @@ build:
 man: build
 	packaging/share.sh bin/muxproxyd '$(VERSION)' bin/share
 
+# Units: systemd looks for users' in share of /usr/local and of ~/.local, but not in lib of the latter (systemd.unit(5)).
 install: man
 	install -D -t '$(DESTDIR)$(PREFIX)/bin' bin/muxproxy bin/muxproxyd
 	cp -R bin/share '$(DESTDIR)$(PREFIX)/'
-	install -d '$(DESTDIR)$(PREFIX)/lib/systemd/user'
-	for unit in muxproxy.service muxproxy.socket; do \
-		sed 's|/usr/bin/|$(PREFIX)/bin/|' packaging/systemd/$$unit >'$(DESTDIR)$(PREFIX)/lib/systemd/user/'$$unit; done
+	install -D -m 644 -t '$(DESTDIR)$(PREFIX)/share/systemd/user' packaging/systemd/muxproxy.socket packaging/systemd/muxproxy.service
+	sed -i 's|/usr/bin/|$(PREFIX)/bin/|' '$(DESTDIR)$(PREFIX)/share/systemd/user/muxproxy.service'
 
 packages:
 	packaging/build.sh '$(VERSION)' $(PLATFORMS)
@@ -65,7 +65,7 @@ test:
 		nc:netcat-openbsd ps:procps plink:putty-tools dbclient:dropbear-bin tinysshd:tinysshd ansible:ansible-core \
 		python3.paramiko:python3-paramiko python3.asyncssh:python3-asyncssh python3.dbusmock:python3-dbusmock dbus-daemon:dbus-daemon \
 		libssh.h:libssh-dev libnss_wrapper.so:libnss-wrapper systemd-analyze:systemd systemd-socket-activate:systemd \
-		python3.grpc:python3-grpcio python3.google.protobuf:python3-protobuf \
+		ip:iproute2 python3.grpc:python3-grpcio python3.google.protobuf:python3-protobuf \
 		protoc:protobuf-compiler grpc_python_plugin:protobuf-compiler-grpc
 	go test -C tools ./...
 	go test -race -timeout 10m $$(go list ./... | grep -v /e2e)

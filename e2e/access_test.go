@@ -81,7 +81,7 @@ func TestAnotherUserGetsNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(w.path("helper"), self, 0o755); err != nil {
+		if err := writeProgram(w.path("helper"), self); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Chmod(w.dir, 0o755); err != nil {

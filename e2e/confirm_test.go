@@ -24,10 +24,7 @@ func asked(s *setup) { s.env["DISPLAY"] = ":77" }
 func (w *world) confirms(lines string) string {
 	w.t.Helper()
 	if _, err := os.Stat(w.path("askpass")); err != nil {
-		w.write("askpass", fmt.Sprintf("#!/bin/sh\ncd %s\nenv >env\necho $$ >pid\nprintf '%%s\\n====\\n' \"$1\" >>asked\n. ./answer\n", w.dir))
-		if err := os.Chmod(w.path("askpass"), 0o700); err != nil {
-			w.t.Fatal(err)
-		}
+		w.script("askpass", fmt.Sprintf("#!/bin/sh\ncd %s\nenv >env\necho $$ >pid\nprintf '%%s\\n====\\n' \"$1\" >>asked\n. ./answer\n", w.dir))
 		w.write("asked", "")
 		w.answers("exit 0")
 	}

@@ -161,7 +161,7 @@ Host *
 `, w.link.port(), w.sshd, me, w.path("id"), w.path("known_hosts")))
 	// ssh looks for its configuration where the password database has the home directory, so each program is told.
 	script := func(name, text string) {
-		if err := os.WriteFile(w.path("docs-bin/"+name), []byte("#!/bin/sh\n"+text+"\n"), 0o700); err != nil {
+		if err := writeProgram(w.path("docs-bin/"+name), []byte("#!/bin/sh\n"+text+"\n")); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -172,7 +172,7 @@ func TestAMasterThatCannotStartIsOneLineAnd255(t *testing.T) {
 				err = os.Mkdir(s.bin, 0o755)
 			}
 			if err == nil {
-				err = os.WriteFile(s.bin+"/muxproxy", program, 0o755)
+				err = writeProgram(s.bin+"/muxproxy", program)
 			}
 			if err != nil {
 				t.Fatal(err)

@@ -187,17 +187,25 @@ func TestDynamicForward(t *testing.T) {
 // socks5 asks for a connection to an IPv4 address, RFC 1928.
 func socks5(t testing.TB, c net.Conn, addr string) {
 	t.Helper()
-	to, err := net.ResolveTCPAddr("tcp4", addr)
-	if err != nil {
+	c.SetDeadline(time.Now().Add(patience))
+	if err := socks5Connect(c, addr); err != nil {
 		t.Fatal(err)
 	}
-	c.SetDeadline(time.Now().Add(patience))
+}
+
+// socks5Connect does, until c's deadline.
+func socks5Connect(c net.Conn, addr string) error {
+	to, err := net.ResolveTCPAddr("tcp4", addr)
+	if err != nil {
+		return err
+	}
 	request := append([]byte{5, 1, 0, 5, 1, 0, 1}, to.IP.To4()...)
 	c.Write(binary.BigEndian.AppendUint16(request, uint16(to.Port)))
 	reply := make([]byte, 2+10)
 	if _, err := io.ReadFull(c, reply); err != nil || reply[1] != 0 || reply[3] != 0 {
-		t.Fatalf("SOCKS reply % x, %v", reply, err)
+		return fmt.Errorf("SOCKS reply % x, %v", reply, err)
 	}
+	return nil
 }
 
 func TestStdioForward(t *testing.T) {

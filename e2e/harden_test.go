@@ -37,7 +37,7 @@ func newSomebody(t *testing.T) *somebody {
 		t.Fatal(err)
 	}
 	// go test's own folder is closed to others.
-	if err := os.WriteFile(filepath.Join(dir, "helper"), self, 0o755); err != nil {
+	if err := writeProgram(filepath.Join(dir, "helper"), self); err != nil {
 		t.Fatal(err)
 	}
 	s := &somebody{t: t, dir: dir}

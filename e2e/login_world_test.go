@@ -323,8 +323,8 @@ func splice(a, b net.Conn) {
 // script puts an executable file into the world's folder.
 func (w *world) script(name, text string) string {
 	w.t.Helper()
-	path := w.write(name, text)
-	if err := os.Chmod(path, 0o700); err != nil {
+	path := w.path(name)
+	if err := writeProgram(path, []byte(text)); err != nil {
 		w.t.Fatal(err)
 	}
 	return filepath.Clean(path)

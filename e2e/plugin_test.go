@@ -618,10 +618,7 @@ func TestAKilledMasterTakesItsPluginsAlong(t *testing.T) {
 	}
 	forPipes(t, func(t *testing.T, w *world) {
 		// One that is being started has no life line that it looks at.
-		script := w.write("mute", "#!/bin/sh\nexec sleep 3600\n")
-		if err := os.Chmod(script, 0o700); err != nil {
-			t.Fatal(err)
-		}
+		script := w.script("mute", "#!/bin/sh\nexec sleep 3600\n")
 		w.policy("plugin \"mute\" {\n  path = \"" + script + "\"\n}\n" + judged("[]", ""))
 		want(t, w.ssh("box", "true"), 0, "")
 		pid, master := 0, w.mustStatus().PID
@@ -785,10 +782,7 @@ func TestAPluginThatDoesNotStart(t *testing.T) {
 		return
 	}
 	forPipes(t, func(t *testing.T, w *world) {
-		script := w.write("mute", "#!/bin/sh\nexec sleep 3600\n")
-		if err := os.Chmod(script, 0o700); err != nil {
-			t.Fatal(err)
-		}
+		script := w.script("mute", "#!/bin/sh\nexec sleep 3600\n")
 		policy := judgedFor(`"127.0.0.1"`, "[]", `    when = use.kind == "shell"`)
 		exe, err := os.Executable()
 		if err != nil {
@@ -867,7 +861,7 @@ func TestMisbehavedPlugins(t *testing.T) {
 		}
 		play := func(name, before string) {
 			script := fmt.Sprintf("#!/bin/sh\n%s\nE2E_PLUGIN=%s exec %s\n", before, name, exe)
-			if err := os.WriteFile(dir+"/muxproxy-plugin-"+name, []byte(script), 0o700); err != nil {
+			if err := writeProgram(dir+"/muxproxy-plugin-"+name, []byte(script)); err != nil {
 				t.Fatal(err)
 			}
 		}

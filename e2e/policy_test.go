@@ -403,6 +403,26 @@ func TestReload(t *testing.T) {
 	})
 }
 
+// Where no master runs, lock starts one, for the next ssh would; and what is locked can be opened without one.
+func TestLockWithoutAMaster(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		if r := w.mux("unlock"); r.status != 1 || !strings.Contains(r.err, "no master runs") {
+			t.Errorf("%+v", r)
+		}
+		want(t, w.mux("lock"), 0, "locked until `muxproxy unlock`\n")
+		w.fails(t, []string{"denied by lock"}, "box", "true")
+		w.stopMaster()
+		if r := w.mux("doctor", "-F", w.conf); r.status != 0 || !strings.Contains(r.out, "begins locked") {
+			t.Errorf("%+v", r)
+		}
+		want(t, w.mux("unlock"), 0, "unlocked\n")
+		want(t, w.ssh("box", "echo open"), 0, "open\n")
+	})
+}
+
 // A master without a readable policy does not start, and says why to whoever needs it.
 func TestABadPolicyKeepsTheMasterFromStarting(t *testing.T) {
 	if !muxproxyOnly(t) {

@@ -186,12 +186,37 @@ func TestStandingForwards(t *testing.T) {
 		w.reload(w.standing(""))
 		say("and after that")
 
-		// A file that is wrong changes nothing, and the line is the plugin's.
-		w.policy(w.standing(`dynamic "0.0.0.0:1080" {}`))
-		if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, "config.hcl:6:1: forward: 0.0.0.0:1080 lets other machines in") {
+		// A file that is wrong changes nothing, and the line is the plugin's. With gateway it is right.
+		everywhere := fmt.Sprintf("0.0.0.0:%d", freePort(t))
+		w.policy(w.standing(fmt.Sprintf("dynamic %q {}", everywhere)))
+		if r := w.mux("master", "reload"); r.status != 1 || !strings.Contains(r.err, "config.hcl:6:1: forward: "+everywhere+" lets other machines in") {
 			t.Errorf("%+v", r)
 		}
+		if r := w.mux("forward", "add", "-D", everywhere, "box"); r.status != 1 || !strings.Contains(r.err, "only policy can allow that") {
+			t.Errorf("%+v", r)
+		}
+		w.reload(w.standing(fmt.Sprintf("dynamic %q { gateway = true }", everywhere)))
+		w.allOpen(1)
+		outside := net.JoinHostPort(ownAddress(t), strings.TrimPrefix(everywhere, "0.0.0.0:"))
+		if got := w.curl("--socks5-hostname", outside, url); got != "the page" {
+			t.Errorf("%s: %s", outside, got)
+		}
 	})
+}
+
+// ownAddress is an address of this machine that other machines see, or without a network one that no forward has by itself.
+func ownAddress(t *testing.T) string {
+	t.Helper()
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.To4() != nil && n.IP.IsGlobalUnicast() {
+			return n.IP.String()
+		}
+	}
+	return "127.0.0.2"
 }
 
 func statError(path string) error {
@@ -347,7 +372,161 @@ func full(c net.Conn, b []byte) bool {
 	return err == nil
 }
 
-// Five hundred at once, over one connection, and one that says nothing for a while.
+// Where a connection from the server leads is policy's to judge, to a fixed place and for each client of SOCKS, and is in the
+// audit log with what it carried.
+func TestForwardsFromTheServerAreJudged(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		good, bad := pages(t), pages(t)
+		socks, fixed := loopback(freePort(t)), loopback(freePort(t))
+		deny := fmt.Sprintf(`
+			deny {
+				when   = use.kind == "remote-forward" && use.name == "connect" && use.port == %s && matches("/muxproxyd$", client.exe)
+				reason = "not there"
+			}`, bad)
+		w.policy(w.standing(fmt.Sprintf(`remote %q { to = "127.0.0.1:%s" }`, fixed, bad), deny))
+		if r := w.mux("master", "start"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		want(t, w.mux("forward", "add", "-R", socks, "box"), 0, "1: listening on "+socks+"\n")
+		w.allOpen(2)
+		for _, c := range []struct{ args, want string }{
+			{"--socks4a " + socks + " http://localhost:" + good, "the page"},
+			{"--socks5-hostname " + socks + " http://localhost:" + good, "the page"},
+			{"-p -x http://" + socks + " http://localhost:" + good, "the page"},
+			{"--socks4a " + socks + " http://localhost:" + bad, "(91)"},
+			{"--socks5-hostname " + socks + " http://localhost:" + bad, "(2)"},
+			{"-p -x http://" + socks + " http://localhost:" + bad, "403"},
+			{"http://" + fixed, "curl: "},
+			{"--socks5-hostname " + socks + " http://localhost:" + fmt.Sprint(freePort(t)), "(5)"},
+		} {
+			if got := w.curl(strings.Fields(c.args)...); !strings.Contains(got, c.want) || strings.Contains(got, "the page") != (c.want == "the page") {
+				t.Errorf("%s: %s", c.args, got)
+			}
+		}
+		type record struct {
+			Record, ID, Decision, Reason, Kind, Name, Addr, Status string
+			In, Out                                                int
+		}
+		eventually(t, "the audit log has all of it", func() bool {
+			denied, allowed, carried := 0, 0, 0
+			connects := map[string]bool{}
+			for line := range strings.Lines(w.read(w.state + "/muxproxy/audit.log")) {
+				var r record
+				if json.Unmarshal([]byte(line), &r) != nil {
+					return false // it is being written
+				}
+				switch {
+				case r.Record == "decision" && r.Kind == "remote-forward" && r.Name == "connect":
+					connects[r.ID] = true
+					if r.Decision == "deny" && r.Reason == "not there" && strings.HasSuffix(r.Addr, ":"+bad) {
+						denied++
+					} else if r.Decision == "allow" && !strings.HasSuffix(r.Addr, ":"+bad) {
+						allowed++
+					}
+				case r.Record == "end" && connects[r.ID] && r.Status == "closed" && r.In > 0 && r.Out > 0:
+					carried++
+				}
+			}
+			return denied == 4 && allowed == 4 && carried == 4
+		})
+
+		// What stands is judged by the policy in force when somebody comes.
+		w.reload(w.standing(fmt.Sprintf(`remote %q { to = "127.0.0.1:%s" }`, fixed, bad)))
+		if got := w.curl("http://" + fixed); got != "the page" {
+			t.Errorf("without the deny: %s", got)
+		}
+		w.reload(w.standing(fmt.Sprintf(`remote %q { to = "127.0.0.1:%s" }`, fixed, bad), deny))
+		if got := w.curl("http://" + fixed); !strings.HasPrefix(got, "curl: ") {
+			t.Errorf("with it again: %s", got)
+		}
+	})
+}
+
+// Each direction of a stream ends by itself, whichever is first, through every kind of forward, of policy and of a command.
+func TestTheHalvesOfForwards(t *testing.T) {
+	if !muxproxyOnly(t) {
+		return
+	}
+	forPipes(t, func(t *testing.T, w *world) {
+		said := make(chan string, 1)
+		ln := listenTCP(t)
+		t.Cleanup(func() { ln.Close() })
+		go func() { // ends with ln
+			for {
+				c, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer c.Close()
+					c.SetDeadline(time.Now().Add(patience))
+					if b := make([]byte, 1); !full(c, b) || b[0] == 'e' {
+						io.Copy(c, c)
+						return
+					}
+					fmt.Fprint(c, "bye")
+					c.(*net.TCPConn).CloseWrite()
+					b, _ := io.ReadAll(c)
+					said <- string(b)
+				}()
+			}
+		}()
+		to := ln.Addr().String()
+		var at [8]string
+		for i := range at {
+			at[i] = loopback(freePort(t))
+		}
+		at[1], at[5], at[6] = w.path("near"), w.path("socks"), w.path("far")
+		w.policy(w.standing(fmt.Sprintf("local %q { to = %q }\nlocal %q { to = %q }\ndynamic %q {}\nremote %q { to = %q }\n",
+			at[0], to, at[1], to, at[2], at[3], to)))
+		if r := w.mux("master", "start"); r.status != 0 {
+			t.Fatalf("%+v", r)
+		}
+		for _, add := range [][]string{
+			{"-L", at[4] + ":" + to}, {"-D", at[5]}, {"-R", at[6] + ":" + to}, {"-R", at[7]},
+		} {
+			if r := w.mux(append([]string{"forward", "add", "box"}, add...)...); r.status != 0 {
+				t.Fatalf("%q: %+v", add, r)
+			}
+		}
+		w.allOpen(len(at))
+		for i, at := range at {
+			connect := func(first string) net.Conn {
+				c := dial(t, at)
+				if i == 2 || i == 5 || i == 7 {
+					socks5(t, c, to)
+				}
+				c.SetDeadline(time.Now().Add(patience))
+				fmt.Fprint(c, first)
+				return c
+			}
+			c := connect("e")
+			exchangeOn(t, c, fmt.Sprint("the near end of ", i, " first"))
+			c.Close()
+			c = connect("b")
+			if b, err := io.ReadAll(c); string(b) != "bye" || err != nil {
+				t.Errorf("forward %d: %q, %v", i, b, err)
+			}
+			fmt.Fprint(c, "one more thing")
+			c.(interface{ CloseWrite() error }).CloseWrite()
+			select {
+			case b := <-said:
+				if b != "one more thing" {
+					t.Errorf("forward %d, after the far end: %q", i, b)
+				}
+			case <-time.After(patience):
+				t.Errorf("forward %d, after the far end: nothing", i)
+			}
+			c.Close()
+		}
+		w.connections(1)
+	})
+}
+
+// Five hundred at once through each kind of forward, over one connection, and one that says nothing for a while.
 func TestManyThroughAForward(t *testing.T) {
 	if !muxproxyOnly(t) {
 		return
@@ -358,47 +537,66 @@ func TestManyThroughAForward(t *testing.T) {
 			idle = time.Minute
 		}
 		echo := echoes(t, "tcp", "127.0.0.1:0").Addr().String()
-		near := loopback(freePort(t))
-		w.policy(w.standing(fmt.Sprintf("local %q { to = %q }", near, echo)))
+		near, socks, far := loopback(freePort(t)), loopback(freePort(t)), loopback(freePort(t))
+		w.policy(w.standing(fmt.Sprintf("local %q { to = %q }\ndynamic %q {}\nremote %q { to = %q }", near, echo, socks, far, echo)))
 		if r := w.mux("master", "start"); r.status != 0 {
 			t.Fatalf("%+v", r)
 		}
-		w.allOpen(1)
-		quiet, err := net.Dial("tcp", near)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer quiet.Close()
+		w.allOpen(3)
 		began := time.Now()
+		var quiet []net.Conn
 		const many = 500
-		var coming sync.WaitGroup
-		for i := range many {
-			coming.Go(func() {
-				c, err := net.Dial("tcp", near)
+		for _, at := range []string{near, socks, far} {
+			connect := func() (net.Conn, error) {
+				c, err := net.Dial("tcp", at)
 				if err != nil {
-					t.Error(err)
-					return
+					return nil, err
 				}
-				defer c.Close()
 				c.SetDeadline(time.Now().Add(2 * patience))
-				say := fmt.Sprintf("%06d", i)
-				fmt.Fprint(c, say)
-				if b := make([]byte, 6); !full(c, b) || string(b) != say {
-					t.Errorf("%s: %q", say, b)
+				if at == socks {
+					err = socks5Connect(c, echo)
 				}
-			})
+				return c, err
+			}
+			silent, err := connect()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer silent.Close()
+			quiet = append(quiet, silent)
+			var coming sync.WaitGroup
+			for i := range many {
+				coming.Go(func() {
+					c, err := connect()
+					if err != nil {
+						t.Errorf("%s: %v", at, err)
+						return
+					}
+					defer c.Close()
+					say := fmt.Sprintf("%06d", i)
+					fmt.Fprint(c, say)
+					if b := make([]byte, 6); !full(c, b) || string(b) != say {
+						t.Errorf("%s, %s: %q", at, say, b)
+					}
+				})
+			}
+			coming.Wait()
 		}
-		coming.Wait()
 		w.connections(1)
 		eventually(t, "all are counted", func() bool {
-			f := w.forwards()[0]
-			return f.Total == many+1 && f.Connections == 1 && f.In == 6*many && f.Out == 6*many
+			good := true
+			for _, f := range w.forwards() {
+				good = good && f.Total == many+1 && f.Connections == 1 && f.In == 6*many && f.Out == 6*many
+			}
+			return good
 		})
 		time.Sleep(time.Until(began.Add(idle))) // saying nothing is what is tested
-		quiet.SetDeadline(time.Now().Add(patience))
-		fmt.Fprint(quiet, "still here")
-		if b := make([]byte, 10); !full(quiet, b) || string(b) != "still here" {
-			t.Errorf("%q", b)
+		for _, c := range quiet {
+			c.SetDeadline(time.Now().Add(patience))
+			fmt.Fprint(c, "still here")
+			if b := make([]byte, 10); !full(c, b) || string(b) != "still here" {
+				t.Errorf("%q", b)
+			}
 		}
 	})
 }

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -181,6 +182,17 @@ func (w *world) write(name, content string) string {
 		w.t.Fatal(err)
 	}
 	return w.path(name)
+}
+
+// writeProgram writes what a test will run, and others may. No other test forks meanwhile: its child would have the file
+// open for writing until its execve(2), and the program could not be run.
+func writeProgram(path string, content []byte) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	if err := os.WriteFile(path, content, 0o700); err != nil {
+		return err
+	}
+	return os.Chmod(path, 0o755)
 }
 
 func (w *world) read(name string) string {

@@ -40,12 +40,13 @@ for platform; do
 		"$stage/tools/archive" "$dir" "dist/$name.zip"
 		continue
 		;;
-	linux) install -D -m 644 -t "$dir/lib/systemd/user" packaging/systemd/*.{service,socket} ;;
+	linux) install -D -m 644 -t "$dir/share/systemd/user" packaging/systemd/*.{service,socket} ;;
 	esac
 	"$stage/tools/archive" "$dir" "dist/$name.tar.gz"
 	[ "$os" = linux ] || continue
-	mkdir "$dir/root"
-	mv "$dir"/{bin,share,lib} "$dir/root/"
+	mkdir -p "$dir/root/lib"
+	mv "$dir"/{bin,share} "$dir/root/"
+	mv "$dir/root/share/systemd" "$dir/root/lib/" # where distributions have it
 	find "$dir/root/share/man" -type f -exec gzip -9n {} +
 	for format in deb rpm; do
 		ARCH=$arch VERSION=$version ROOT=$dir/root "$stage/tools/nfpm" package -f packaging/nfpm.yaml -p $format -t dist/ >/dev/null

@@ -55,6 +55,8 @@ func TestCompletion(t *testing.T) {
 		{[]string{"close", "--a"}, "--all :4"},
 		{[]string{"doctor", "-F", config, ""},
 			"2001:db8::1 a-very-long-name.in.some.cluster.of.example.com alpha beta db db.example.com ever h kept :4"},
+		{[]string{"connect", "d"}, "db db.example.com :4"},
+		{[]string{"connect", "db", "--", "-"}, ":4"},
 		{[]string{"doctor", "-F", config, "root@al"}, "root@alpha :4"},
 		{[]string{"setup", "-F", config, "--host", "alpha", "--host", "b"}, "beta :4"},
 		{[]string{"setup", "-F", ""}, ":0"},

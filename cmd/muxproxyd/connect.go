@@ -39,7 +39,8 @@ count as they do for an ssh that shall share the connection.`,
 			}
 			return cobra.ExactArgs(1)(cmd, own)
 		},
-		RunE: func(cmd *cobra.Command, args []string) error { return runConnect(cmd.Context(), a, args[0], args[1:]) },
+		ValidArgsFunction: a.completeHost,
+		RunE:              func(cmd *cobra.Command, args []string) error { return runConnect(cmd.Context(), a, args[0], args[1:]) },
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/muxproxy/muxproxy/core/control"
+	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -24,10 +26,10 @@ func newLock(a *app) *cobra.Command {
 		Use:   "lock [--passphrase]",
 		Short: "let nobody use the connections until unlock",
 		Long: `Stops all new uses of the connections, new connections of standing forwards
-too, until "muxproxy unlock", over restarts of the master. What runs goes on,
-and what ends something still works: close, drain, master stop, cancelled
-forwards. With --passphrase it asks for one that unlock will want, or reads a
-line of its input.`,
+too, until "muxproxy unlock", over restarts of the master; where none runs, it
+starts one. What runs goes on, and what ends something still works: close,
+drain, master stop, cancelled forwards. With --passphrase it asks for one that
+unlock will want, or reads a line of its input.`,
 		Example: "  muxproxy lock --passphrase",
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return runLock(cmd.Context(), a, passphrase) },
@@ -49,7 +51,8 @@ lock has locked, only the session opens: then it ends with 1 and says so.`,
 }
 
 func runLock(ctx context.Context, a *app, withPassphrase bool) error {
-	return a.withMaster(ctx, func(m *control.Master) error {
+	// Without a master too, for the next ssh would start one that is open.
+	return a.withAnyMaster(ctx, func(m *control.Master) error {
 		s, err := m.Status(ctx)
 		if err != nil {
 			return err
@@ -76,7 +79,15 @@ func runLock(ctx context.Context, a *app, withPassphrase bool) error {
 }
 
 func runUnlock(ctx context.Context, a *app) error {
-	return a.withMaster(ctx, func(m *control.Master) error {
+	dirs, err := paths.Find(a.getenv)
+	if err != nil {
+		return err
+	}
+	with := a.withMaster
+	if _, err := os.Lstat(filepath.Join(dirs.Run, paths.LockState)); err == nil {
+		with = a.withAnyMaster // the next one would be locked
+	}
+	return with(ctx, func(m *control.Master) error {
 		s, err := m.Status(ctx)
 		if err != nil {
 			return err

@@ -148,7 +148,17 @@ MUXPROXY_BYPASS=1 in the environment goes without it.`,
 	)
 	root.AddCommand(newTopics()...)
 	root.AddCommand(newManual(a))
+	root.InitDefaultCompletionCmd() // which cobra else adds when it runs
+	plainUsage(root)
 	return root
+}
+
+// plainUsage takes "[flags]" out of the usage lines, which name the flags that matter.
+func plainUsage(cmd *cobra.Command) {
+	cmd.DisableFlagsInUseLine = true
+	for _, c := range cmd.Commands() {
+		plainUsage(c)
+	}
 }
 
 // usage is what a command does that needs another word behind it.
@@ -205,6 +215,26 @@ func (a *app) withMaster(ctx context.Context, do func(*control.Master) error) er
 	m, err := a.connect(ctx)
 	if errors.Is(err, bridge.ErrNoMaster) {
 		return no("no master runs; the next ssh starts one, or `muxproxy master start`")
+	}
+	if err != nil {
+		return err
+	}
+	defer m.Disconnect()
+	return do(m)
+}
+
+// withAnyMaster is withMaster, but starts a master where none runs.
+func (a *app) withAnyMaster(ctx context.Context, do func(*control.Master) error) error {
+	m, err := a.connect(ctx)
+	if errors.Is(err, bridge.ErrNoMaster) {
+		dirs, found := paths.Find(a.getenv)
+		if found != nil {
+			return found
+		}
+		if err := bridge.StartMaster(ctx, dirs, a.getenv); err != nil {
+			return err
+		}
+		m, err = a.connect(ctx)
 	}
 	if err != nil {
 		return err

@@ -543,7 +543,7 @@ func TestHelp(t *testing.T) {
 		}
 		args := append(strings.Fields(cmd.CommandPath())[1:], "--help")
 		status, stdout, stderr := w.run(args...)
-		if status != exitYes || stderr != "" || !strings.Contains(stdout, cmd.Example) {
+		if status != exitYes || stderr != "" || !strings.Contains(stdout, cmd.Example) || strings.Contains(stdout, "[flags]") {
 			t.Errorf("%v: status %d, stderr %q", args, status, stderr)
 		}
 		for line := range strings.Lines(stdout) {

@@ -100,7 +100,7 @@ func manualOf(w io.Writer, cmd *cobra.Command) {
 	if !cmd.IsAvailableCommand() || cmd.Name() == "help" {
 		return
 	}
-	fmt.Fprintf(w, "### %s\n\n", plain(strings.TrimSuffix(cmd.UseLine(), " [flags]")))
+	fmt.Fprintf(w, "### %s\n\n", plain(cmd.UseLine()))
 	prose(w, cmd.Long)
 	if cmd.Example != "" {
 		literal(w, strings.ReplaceAll("\n"+cmd.Example, "\n  ", "\n"))

@@ -12,8 +12,8 @@ import (
 func TestManual(t *testing.T) {
 	w := newWorld(t)
 	status, manual, stderr := w.run("manual")
-	if status != exitYes || stderr != "" {
-		t.Fatalf("status %d, %q", status, stderr)
+	if status != exitYes || stderr != "" || strings.Contains(manual, "flags\\]") {
+		t.Fatalf("status %d, %q\n%s", status, stderr, manual)
 	}
 	var walk func(cmd *cobra.Command)
 	walk = func(cmd *cobra.Command) {

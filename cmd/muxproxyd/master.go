@@ -205,21 +205,31 @@ func runMasterRestart(ctx context.Context, a *app) error {
 		}
 		return err
 	})
+	if errors.Is(err, control.ErrLost) {
+		return errors.New("the master has ended meanwhile, after another restart or a stop; see `muxproxy status`")
+	}
 	if err != nil {
 		return err
 	}
 	// The socket is the new one's by now, which answers when it is ready.
-	err = a.withMaster(ctx, func(m *control.Master) error {
-		s, err := m.Status(ctx)
-		if err == nil && s.PID != pid {
-			err = fmt.Errorf("the master that answers is another one, pid %d", s.PID)
-		}
+	var now control.Status
+	err = a.withMaster(ctx, func(m *control.Master) (err error) {
+		now, err = m.Status(ctx)
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("the new master, pid %d, did not take over: %w; see `muxproxy log`", pid, err)
 	}
-	_, err = fmt.Fprintf(a.stdout, "the master, pid %d, has taken over; the one before, pid %d, ends with its last session\n", pid, old.PID)
+	if now.PID != pid {
+		return fmt.Errorf("the master that answers is pid %d: the new one, pid %d, has ended, or was restarted in its turn; see `muxproxy log`",
+			now.PID, pid)
+	}
+	text := fmt.Sprintf("the master, pid %d, has taken over; the one before, pid %d, ends with its last session\n", pid, old.PID)
+	if mine := readVersion().Version; now.Version != mine {
+		text += fmt.Sprintf("it is muxproxy %s and this is %s: the master runs from another place; to have this one started, "+
+			"`muxproxy master stop --drain`\n", use.Printable(now.Version), mine)
+	}
+	_, err = io.WriteString(a.stdout, text)
 	return err
 }
 

@@ -138,9 +138,6 @@ func runSetup(ctx context.Context, a *app, f setupFlags) error {
 // setupOptions finds out for whom and with which programs.
 func (a *app) setupOptions(f setupFlags) (setup.Options, error) {
 	dirs, err := paths.Find(a.getenv)
-	if errors.Is(err, paths.ErrForeignHome) {
-		return setup.Options{}, fmt.Errorf("%w; run setup as the user whose ssh it is for, without sudo", err)
-	}
 	if err != nil {
 		return setup.Options{}, err
 	}

@@ -104,7 +104,7 @@ func TestSetup(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	want(exitFailed, "", "run setup as the user whose ssh it is for, without sudo", "--dry-run")
+	want(exitFailed, "", "; do it as that user, without sudo", "--dry-run")
 }
 
 // With systemd's sockets, whoever asked for the master would start it again.

@@ -31,7 +31,7 @@ func handover(dir string, names []string, kept bool) []string {
 
 // passedSockets are those that the process was started with. They are taken out of the environment.
 func passedSockets() (master.Sockets, error) {
-	s := master.Sockets{Kept: true}
+	var s master.Sockets
 	if dir, ok := os.LookupEnv(handoverName); ok {
 		s.TakeOver = true
 		s.Dir, s.Kept = strings.CutPrefix(dir, "kept:")
@@ -41,6 +41,9 @@ func passedSockets() (master.Sockets, error) {
 		}
 	}
 	files := activation.Files(true)
+	if !s.TakeOver {
+		s.Kept = len(files) > 0 // systemd's
+	}
 	defer func() {
 		for _, f := range files {
 			f.Close() // FileListener has made a duplicate

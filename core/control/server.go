@@ -193,7 +193,7 @@ func statusToError(err error) error {
 	case codes.DeadlineExceeded:
 		return errors.New("the master did not answer in time; see `muxproxy log`")
 	case codes.Unimplemented:
-		return errors.New("the master is of an older version and does not know this command; run `muxproxy master stop --drain`")
+		return errors.New("the master is of an older version and does not know this command; run `muxproxy master restart`")
 	}
 	return errors.New(st.Message())
 }

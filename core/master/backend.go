@@ -241,7 +241,7 @@ func (b backend) Listen(ctx context.Context, by pluginhost.Actor, id uint64, net
 		return nil, err
 	}
 	l := &listener{
-		lease: lease, permit: permit, accepted: make(chan accepted), closed: make(chan struct{}), lost: make(chan struct{}),
+		b: b, lease: lease, permit: permit, accepted: make(chan accepted), closed: make(chan struct{}), lost: make(chan struct{}),
 	}
 	l.users.Add(1)
 	lease.Watch(func(loss pool.Loss) {
@@ -263,6 +263,7 @@ func (b backend) Listen(ctx context.Context, by pluginhost.Actor, id uint64, net
 // listener is a remote forward in a plugin's hands.
 type listener struct {
 	*pool.Listener
+	b        backend
 	lease    *pool.Lease
 	permit   *use.Permit
 	accepted chan accepted
@@ -276,8 +277,59 @@ type listener struct {
 }
 
 type accepted struct {
-	s      *pool.Stream
+	s      *arrival
 	origin string
+}
+
+// arrival is a stream that has come to a listener.
+type arrival struct {
+	*pool.Stream
+	b backend
+	l *listener
+
+	mu     sync.Mutex  // guards what follows
+	permit *use.Permit // to lead somewhere here; nil: none yet
+	ended  bool
+}
+
+// Permit implements pluginhost.Incoming.
+func (a *arrival) Permit(ctx context.Context, by pluginhost.Actor, network, address string) error {
+	if network == "tcp" {
+		if _, _, err := hostPort(address); err != nil {
+			return err
+		}
+	}
+	permit, denied := a.b.m.gate.Decide(ctx, use.Use{
+		Kind: use.RemoteForward, Name: "connect", Caller: a.b.caller(by, 0), Target: a.l.permit.Use().Target, Addr: address,
+	}, nil)
+	if denied != nil {
+		return denied
+	}
+	a.mu.Lock()
+	ended, twice := a.ended, a.permit != nil
+	if !ended && !twice {
+		a.permit = permit
+	}
+	a.mu.Unlock()
+	switch {
+	case ended:
+		permit.End(use.Result{Status: "closed"})
+		return fmt.Errorf("the stream has ended meanwhile: %w", pool.ErrGone)
+	case twice:
+		permit.End(use.Result{Status: "refused"})
+		return errors.New("a stream leads to one place")
+	}
+	return nil
+}
+
+// leave is called when the stream has ended, with how.
+func (a *arrival) leave(r use.Result) {
+	a.mu.Lock()
+	a.ended = true
+	permit := a.permit
+	a.mu.Unlock()
+	permit.End(r)
+	a.l.leave()
 }
 
 func (l *listener) incoming(nc *pool.NewChannel) {
@@ -296,7 +348,8 @@ func (l *listener) incoming(nc *pool.NewChannel) {
 	}
 	l.users.Add(1)
 	l.lease.Discard(reqs)
-	s := pool.NewStream(ch, origin, func(use.Result) { l.leave() })
+	s := &arrival{b: l.b, l: l}
+	s.Stream = pool.NewStream(ch, origin, s.leave)
 	select {
 	case l.accepted <- accepted{s, origin}:
 	case <-l.closed:
@@ -314,7 +367,7 @@ func (l *listener) leave() {
 }
 
 // Accept implements pluginhost.Listener.
-func (l *listener) Accept() (pluginhost.Stream, string, error) {
+func (l *listener) Accept() (pluginhost.Incoming, string, error) {
 	select {
 	case a := <-l.accepted:
 		return a.s, a.origin, nil

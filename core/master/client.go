@@ -71,8 +71,6 @@ type client struct {
 // serve is a client's whole life. It owns nc.
 func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 	defer nc.Close()
-	m.begin()
-	defer m.end()
 	c := &client{
 		id: m.lastClient.Add(1), master: m, wire: wire.NewConn(nc), since: time.Now(), handshake: local.NewHandshake(),
 	}
@@ -99,9 +97,12 @@ func (m *Master) serve(ctx context.Context, nc *net.UnixConn) {
 		}
 	}()
 	if errors.Is(err, wire.ErrVersion) {
-		c.answer(wire.Failed, fmt.Sprintf(
-			"this muxproxy speaks version %d of the protocol and the master, muxproxy %s, version %d: if the master is the older one, "+
-				"run `muxproxy master restart`, else update this one", hello.Version, m.opts.Version, wire.Version))
+		what := "run `muxproxy master restart`"
+		if hello.Version < wire.Version {
+			what = "ssh starts an older muxproxy, `muxproxy doctor` finds out which"
+		}
+		c.answer(wire.Failed, fmt.Sprintf("this muxproxy speaks version %d of the protocol, the master, of muxproxy %s, version %d: %s; "+
+			"or set MUXPROXY_BYPASS=1", hello.Version, m.opts.Version, wire.Version, what))
 		return
 	}
 	if err != nil {

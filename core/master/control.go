@@ -66,6 +66,8 @@ func detail(u use.Use) string {
 		return use.Printable(u.Subsystem)
 	case use.Other:
 		return use.Printable(u.Name)
+	case use.RemoteForward:
+		return use.Printable(strings.TrimSpace(u.Name + " " + u.Addr))
 	}
 	return use.Printable(u.Addr)
 }
@@ -218,7 +220,7 @@ func (m *Master) Stop(ctx context.Context, by use.Caller, drain bool) error {
 	verb := "stop"
 	if drain {
 		verb = "stop --drain"
-		if m.opts.Sockets.Kept && len(m.opts.Sockets.Listeners) > 0 {
+		if m.opts.Sockets.Kept {
 			return errors.New("systemd listens for this master: clients would wait until the last session has ended; " +
 				"use `muxproxy master restart`, or stop muxproxy.socket first")
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -24,9 +25,16 @@ type knownHosts struct {
 
 const knownHostsLockTime = 5 * time.Second
 
-// add puts a CA's line there, and takes the lines of this host's dead masters out.
-func (k knownHosts) add(ca string) error {
-	return k.rewrite(func(lines []string) []string { return append(lines, local.KnownHostsLine(ca, k.mark())) })
+// add puts the lines of CAs there that it lacks, and takes the lines of this host's dead masters out.
+func (k knownHosts) add(cas ...string) error {
+	return k.rewrite(func(lines []string) []string {
+		for _, ca := range cas {
+			if line := local.KnownHostsLine(ca, k.mark()); !slices.Contains(lines, line) {
+				lines = append(lines, line)
+			}
+		}
+		return lines
+	})
 }
 
 // remove takes this master's lines out.

@@ -77,8 +77,10 @@ type Master struct {
 	restarting atomic.Bool // another master is being started
 	locked     atomic.Bool // what the plugins were told of the lock
 
+	accepted   chan struct{} // closed when the last bridge has been taken, or never if none could be
 	lastClient atomic.Uint64
 	wg         sync.WaitGroup // clients
+	again      sync.Mutex     // held while a socket is made again: the two sockets share directory and link
 
 	mu        sync.Mutex      // guards what follows
 	living    *paths.FileLock // says that this is the one living master; nil once given away
@@ -118,6 +120,7 @@ func Run(ctx context.Context, opts Options) error {
 	m := &Master{
 		opts: opts, log: opts.Log, since: time.Now(), stop: stop, living: lock, clients: map[uint64]*client{},
 		ending:     make(chan struct{}),
+		accepted:   make(chan struct{}),
 		socketDir:  opts.Dirs.Runtime,
 		knownHosts: knownHosts{path: filepath.Join(opts.Dirs.State, paths.KnownHosts), host: host, pid: os.Getpid()},
 	}
@@ -194,7 +197,7 @@ func (m *Master) run(ctx context.Context) error {
 	m.locked.Store(m.lock.State().Locked)
 	m.lock.OnChange(m.lockChanged)
 	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, m.plugins.Check)
-	m.authority, err = local.NewAuthority(m.knownHosts.add)
+	m.authority, err = local.NewAuthority(func(ca string) error { return m.knownHosts.add(ca) })
 	if err != nil {
 		return fmt.Errorf("the local host keys: %w", err)
 	}
@@ -230,7 +233,12 @@ func (m *Master) run(ctx context.Context) error {
 		m.mu.Lock()
 		m.listeners = append(m.listeners, l)
 		m.mu.Unlock()
-		wg.Go(func() { m.keepListening(ctx, l, name, serve) })
+		wg.Go(func() {
+			m.keepListening(ctx, l, name, serve)
+			if name == paths.MuxSocket {
+				close(m.accepted)
+			}
+		})
 		return nil
 	}
 	defer m.closeListeners(false)
@@ -327,6 +335,8 @@ func (m *Master) watch(ctx context.Context, l *paths.Listener, name string, serv
 // listenAgain makes a socket where it was, or, if that place is gone for good, where there always is one: logind takes
 // /run/user/UID away with the user's last session, and the master lives on.
 func (m *Master) listenAgain(name string) (*paths.Listener, error) {
+	m.again.Lock()
+	defer m.again.Unlock()
 	dirs := m.opts.Dirs
 	dirs.Runtime = m.sockets()
 	if dirs.Make() != nil {
@@ -334,6 +344,11 @@ func (m *Master) listenAgain(name string) (*paths.Listener, error) {
 		if err := dirs.Make(); err != nil {
 			return nil, err
 		}
+	}
+	// Who removes the sockets' folder may have removed known_hosts with it, without which ssh turns this master's key down.
+	_, cas := m.authority.Made()
+	if err := m.knownHosts.add(cas...); err != nil {
+		return nil, err
 	}
 	l, err := paths.Listen(dirs.Runtime, name)
 	if err != nil {
@@ -396,7 +411,11 @@ func (m *Master) accept(ctx context.Context, l net.Listener) error {
 			}
 			continue
 		}
-		m.wg.Go(func() { m.serve(ctx, c.(*net.UnixConn)) })
+		m.begin()
+		m.wg.Go(func() {
+			defer m.end()
+			m.serve(ctx, c.(*net.UnixConn))
+		})
 	}
 }
 

@@ -117,15 +117,30 @@ func TestAMasterLeavesNothingButItsLogs(t *testing.T) {
 	}
 }
 
+// Somebody may take away the state directory as a whole, too.
 func TestAVanishedSocketIsMadeAgain(t *testing.T) {
-	dirs := newDirs(t)
-	ready, _, _ := start(t, dirs)
-	within(t, "ready", ready)
-	if err := os.RemoveAll(dirs.Runtime); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{paths.MuxSocket, paths.ControlSocket} {
-		eventually(t, name+" is there again", func() bool { return canDial(dirs, name) })
+	for name, gone := range map[string]func(paths.Dirs) []string{
+		"sockets":    func(d paths.Dirs) []string { return []string{d.Runtime} },
+		"everything": func(d paths.Dirs) []string { return []string{d.State, d.Runtime} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dirs := newDirs(t)
+			ready, _, _ := start(t, dirs)
+			within(t, "ready", ready)
+			for _, dir := range gone(dirs) {
+				if err := os.RemoveAll(dir); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, name := range []string{paths.MuxSocket, paths.ControlSocket} {
+				eventually(t, name+" is there again", func() bool { return canDial(dirs, name) })
+			}
+			b, err := os.ReadFile(filepath.Join(dirs.State, paths.KnownHosts))
+			if err != nil || strings.Count(string(b), "@cert-authority * ecdsa") != 1 {
+				t.Errorf("known_hosts %q, %v", b, err)
+			}
+		})
 	}
 }
 
@@ -135,20 +150,18 @@ func TestAVanishedRuntimeDirectoryMovesTheSockets(t *testing.T) {
 	ready, _, stop := start(t, dirs)
 	within(t, "ready", ready)
 	parent := filepath.Dir(dirs.Runtime)
-	if err := os.RemoveAll(parent); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(parent, nil, 0o600); err != nil { // in the way, for root too
-		t.Fatal(err)
-	}
+	eventually(t, "a file is in the way, for root too", func() bool { // the master may make the directory again meanwhile
+		return os.RemoveAll(parent) == nil && os.WriteFile(parent, nil, 0o600) == nil
+	})
 	moved := dirs
 	moved.Runtime = dirs.Run
 	for _, name := range []string{paths.MuxSocket, paths.ControlSocket} {
 		eventually(t, name+" is elsewhere", func() bool { return canDial(moved, name) })
 	}
-	if at, err := dirs.Published(); err != nil || at != dirs.Run {
-		t.Errorf("published at %s, %v", at, err)
-	}
+	eventually(t, "they are published", func() bool { // once they listen
+		at, err := dirs.Published()
+		return err == nil && at == dirs.Run
+	})
 	stop()
 	if _, err := dirs.Published(); err == nil {
 		t.Error("still published")

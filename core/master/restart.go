@@ -55,7 +55,7 @@ func (m *Master) handOver(ctx context.Context) (pid int, err error) {
 		return 0, fmt.Errorf("%w on this system; use `muxproxy master stop --drain`", errors.ErrUnsupported)
 	}
 	if m.restarting.Swap(true) {
-		return 0, errors.New("another restart is under way")
+		return 0, errors.New("another restart is under way; see `muxproxy status`")
 	}
 	defer m.restarting.Store(false)
 	exe, err := os.Executable()
@@ -70,7 +70,7 @@ func (m *Master) handOver(ctx context.Context) (pid int, err error) {
 	sockets := slices.Clone(m.listeners)
 	m.mu.Unlock()
 	if len(sockets) == 0 || m.draining.Load() {
-		return 0, errors.New("this master ends already")
+		return 0, errors.New("this master ends already, after another restart or a `stop --drain`; see `muxproxy status`")
 	}
 	var names []string
 	for _, l := range sockets {
@@ -140,14 +140,6 @@ func (m *Master) drain(handedOver bool) {
 	if m.draining.Swap(true) {
 		return
 	}
-	idle := make(chan struct{})
-	m.mu.Lock()
-	if m.serving == 0 {
-		close(idle)
-	} else {
-		m.idle = idle
-	}
-	m.mu.Unlock()
 	m.closeListeners(handedOver)
 	m.lock.Share()
 	m.giveUp(handedOver)
@@ -155,6 +147,15 @@ func (m *Master) drain(handedOver bool) {
 		// What plugins do by themselves is the next master's: their ports, the connections that they keep.
 		m.plugins.Retire()
 		m.pool.Reconsider()
+		<-m.accepted // whoever was taken in the last moment counts
+		idle := make(chan struct{})
+		m.mu.Lock()
+		if m.serving == 0 {
+			close(idle)
+		} else {
+			m.idle = idle
+		}
+		m.mu.Unlock()
 		<-idle
 		t := time.NewTicker(busyEvery)
 		defer t.Stop()

@@ -35,11 +35,12 @@ func CheckDir(dir string) error {
 	case fi.Mode().Perm()&0o077 != 0:
 		return fmt.Errorf("%s is open to others (mode %04o): chmod 700 %s", dir, fi.Mode().Perm(), dir)
 	}
-	return checkParents(filepath.Dir(dir))
+	return CheckParents(filepath.Dir(dir))
 }
 
-// checkParents refuses a directory if it, or one above it, is writable by everybody without the sticky bit.
-func checkParents(dir string) error {
+// CheckParents refuses a directory if it, or one above it, is writable by everybody without the sticky bit: what is made in it
+// would not pass CheckDir.
+func CheckParents(dir string) error {
 	dir, err := filepath.EvalSymlinks(dir)
 	if err != nil {
 		return err
@@ -81,7 +82,7 @@ func makeDir(dir string) error {
 	case !Trusted(owner(fi)):
 		return fmt.Errorf("can't create %s: %s belongs to uid %d", dir, parent, owner(fi))
 	}
-	if err := checkParents(parent); err != nil {
+	if err := CheckParents(parent); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -97,7 +98,7 @@ func usableRuntime(dir string) bool {
 		return false
 	}
 	err = CheckDir(filepath.Join(dir, "muxproxy"))
-	return err == nil || errors.Is(err, os.ErrNotExist) && checkParents(dir) == nil
+	return err == nil || errors.Is(err, os.ErrNotExist) && CheckParents(dir) == nil
 }
 
 // checkHome finds HOME to be this user's. One that does not exist belongs to nobody.
@@ -109,7 +110,7 @@ func checkHome(home string) error {
 	case err != nil:
 		return err
 	case owner(fi) != os.Geteuid():
-		return fmt.Errorf("%w: %s is owned by uid %d, this is uid %d", ErrForeignHome, home, owner(fi), os.Geteuid())
+		return fmt.Errorf("%w: %s is owned by uid %d, this is uid %d; do it as that user, without sudo", ErrForeignHome, home, owner(fi), os.Geteuid())
 	}
 	return nil
 }

@@ -13,6 +13,9 @@ func CheckDir(dir string) error {
 	return fmt.Errorf("%s: can't tell on Windows who may use it: %w", dir, errors.ErrUnsupported)
 }
 
+// CheckParents reports why what is made in a directory could not be trusted. On Windows that can't be told: see CheckDir.
+func CheckParents(dir string) error { return CheckDir(dir) }
+
 func makeDir(dir string) error { return CheckDir(dir) }
 
 func usableRuntime(string) bool { return false }

@@ -80,7 +80,7 @@ func resolveTrusted(path string) (string, error) {
 		case !Trusted(owner(dir)):
 			return "", fmt.Errorf("%s belongs to uid %d, not to uid %d", filepath.Dir(p), owner(dir), os.Geteuid())
 		}
-		if err := checkParents(filepath.Dir(p)); err != nil {
+		if err := CheckParents(filepath.Dir(p)); err != nil {
 			return "", err
 		}
 	}

@@ -404,12 +404,22 @@ func (l *Listener) Close() error {
 // Addr is what the server listens on.
 func (l *Listener) Addr() net.Addr { return l.addr }
 
-// Offer is a stream that somebody has opened at a Listener. One of its methods is called once, within 10 s.
+// Offer is a stream that somebody has opened at a Listener. One of Stream, HandOver and Refuse is called, once, within 10 s
+// or within 10 s after Permit.
 type Offer struct {
 	host   *Host
 	ticket *pluginpb.Ticket
 	addr   addr
 	Origin string // where the server says that the stream comes from: IP:PORT, or ""
+}
+
+// Permit asks whether the stream may lead to an address as this machine sees it (host:port for network "tcp", a path for
+// "unix"), before the plugin connects to that: policy, which sees a use of the kind "remote-forward" with the name "connect",
+// and plugins decide, and a person may have to. An error means no; one that wraps ErrDenied says who. It is called once, before
+// HandOver, or after Stream where only the stream says where it wants to go, and not after its end.
+func (o *Offer) Permit(ctx context.Context, network, address string) error {
+	_, err := o.host.client.Permit(ctx, &pluginpb.PermitRequest{Ticket: o.ticket, Network: network, Address: address})
+	return hostError(err)
 }
 
 // Stream takes the stream; the caller closes it.

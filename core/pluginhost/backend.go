@@ -52,10 +52,18 @@ func (r *Refused) Error() string {
 	return fmt.Sprintf("refused by the server (reason %d): %s", r.Reason, use.Printable(r.Message))
 }
 
+// Incoming is a stream that somebody has opened at a Listener.
+type Incoming interface {
+	Stream
+	// Permit asks, once, whether the stream may lead to an address of this machine's side: a host:port for network "tcp", a
+	// path for "unix".
+	Permit(ctx context.Context, by Actor, network, address string) error
+}
+
 // Listener accepts on the remote host. Accept ends with an error when the connection or the forward does, or after
 // Close.
 type Listener interface {
-	Accept() (s Stream, origin string, err error)
+	Accept() (s Incoming, origin string, err error)
 	Addr() string
 	Close() error
 }

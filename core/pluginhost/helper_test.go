@@ -165,7 +165,7 @@ func (j *judge) Command(ctx context.Context, args []string, stdout, stderr io.Wr
 			return fail(err)
 		}
 		fmt.Fprintln(stdout, t, block.(*judgeBlock).Do)
-	case "close", "drain", "notify", "dial", "handover", "handover-not", "listen", "offer", "ticket":
+	case "close", "drain", "notify", "dial", "handover", "handover-not", "listen", "offer", "permit", "ticket":
 		var id uint64
 		fmt.Sscan(args[1], &id)
 		if err := j.stream(ctx, args[0], id, args[2:], stdout); err != nil {
@@ -267,6 +267,44 @@ func (j *judge) stream(ctx context.Context, what string, id uint64, args []strin
 			return err
 		}
 		return carried(transfer, near, stdout)
+	case "permit": // when, network, address
+		l, err := h.Listen(ctx, id, "tcp", "localhost:0")
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		o, err := l.AcceptOffer()
+		if err != nil {
+			return err
+		}
+		if args[0] != "before" {
+			c, err := o.Stream(ctx)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if args[0] == "too-late" {
+				c.Close()
+				for err == nil && ctx.Err() == nil { // the master hears of it at its own time
+					err = o.Permit(ctx, args[1], args[2])
+				}
+				return err
+			}
+		}
+		if err := o.Permit(ctx, args[1], args[2]); err != nil {
+			return err
+		}
+		c, err := o.Stream(ctx)
+		if args[0] != "before" {
+			fmt.Fprintln(stdout, err)
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = io.Copy(stdout, c)
+		return err
 	case "listen":
 		l, err := h.Listen(ctx, id, "tcp", args[0])
 		if err != nil {

@@ -187,7 +187,7 @@ func (h *hostService) Dial(ctx context.Context, r *pluginpb.DialRequest) (*plugi
 	if err != nil {
 		return nil, failed(err)
 	}
-	id, err := h.p.m.streams.ticket(h.pid, s, r.GetData())
+	id, err := h.p.m.streams.ticket(h.pid, 0, s, r.GetData())
 	if err != nil {
 		s.Close()
 		return nil, failed(err)
@@ -215,7 +215,7 @@ func (h *hostService) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreaming
 		if e != nil {
 			return failed(e)
 		}
-		id, e := h.p.m.streams.ticket(h.pid, s, nil)
+		id, e := h.p.m.streams.ticket(h.pid, r.GetConnection(), s, nil)
 		if e != nil {
 			s.Close()
 			continue // too many tickets are out; the plugin does not take its streams
@@ -225,6 +225,24 @@ func (h *hostService) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreaming
 		}})
 	}
 	return err
+}
+
+func (h *hostService) Permit(ctx context.Context, r *pluginpb.PermitRequest) (*pluginpb.PermitResponse, error) {
+	s, connection, release := h.p.m.streams.incoming(h.pid, r.GetTicket().GetId())
+	if s == nil {
+		return nil, status.Error(codes.NotFound, "the stream has ended, or is another's")
+	}
+	defer release()
+	if err := h.connection(plugin.CanListen, connection); err != nil {
+		return nil, err
+	}
+	if err := knownNetwork(r.GetNetwork()); err != nil {
+		return nil, err
+	}
+	if err := s.Permit(ctx, h.actor(ctx), r.GetNetwork(), r.GetAddress()); err != nil {
+		return nil, failed(err)
+	}
+	return &pluginpb.PermitResponse{}, nil
 }
 
 func (h *hostService) Ask(ctx context.Context, r *pluginpb.AskRequest) (*pluginpb.AskResponse, error) {

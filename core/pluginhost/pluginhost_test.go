@@ -620,13 +620,27 @@ func (b *fakeBackend) Dial(_ context.Context, by Actor, d Dial) (Stream, error) 
 	return near, nil
 }
 
+// fakeArrival is a stream that has come to a listener.
+type fakeArrival struct {
+	*net.UnixConn
+	b *fakeBackend
+}
+
+func (a fakeArrival) Permit(_ context.Context, by Actor, network, address string) error {
+	a.b.call(by, "permit %s %s", network, address)
+	if address == "denied:1" {
+		return &use.Denied{By: "policy", Reason: "no"}
+	}
+	return nil
+}
+
 type fakeListener struct {
-	accept chan Stream
+	accept chan Incoming
 	closed chan struct{}
 	once   sync.Once
 }
 
-func (l *fakeListener) Accept() (Stream, string, error) {
+func (l *fakeListener) Accept() (Incoming, string, error) {
 	select {
 	case s := <-l.accept:
 		return s, "192.0.2.1:99", nil
@@ -642,14 +656,14 @@ func (l *fakeListener) Close() error {
 
 func (b *fakeBackend) Listen(_ context.Context, by Actor, id uint64, network, address string) (Listener, error) {
 	b.call(by, "listen %d %s %s", id, network, address)
-	l := &fakeListener{accept: make(chan Stream, 1), closed: make(chan struct{})}
+	l := &fakeListener{accept: make(chan Incoming, 1), closed: make(chan struct{})}
 	near, far := b.pair()
 	fmt.Fprint(far, "over there")
 	far.CloseWrite()
 	b.mu.Lock()
 	b.ends = append(b.ends, far)
 	b.mu.Unlock()
-	l.accept <- near
+	l.accept <- fakeArrival{near, b}
 	return l, nil
 }
 

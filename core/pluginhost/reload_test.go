@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -149,7 +150,7 @@ func TestReplacedFile(t *testing.T) {
 	}
 	s.Path = filepath.Join(t.TempDir(), "muxproxy-plugin-a")
 	install := func() {
-		if err := os.WriteFile(s.Path+".new", exe, 0o700); err != nil {
+		if err := writeProgram(s.Path+".new", exe); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Rename(s.Path+".new", s.Path); err != nil {
@@ -244,7 +245,7 @@ func TestCloseWithAStalledStream(t *testing.T) {
 	w.run([]Plugin{spec(t, "a", "")})
 	inst, _ := w.m.set().find("a").up()
 	s := &stalled{writing: make(chan struct{}), ended: make(chan struct{})}
-	id, err := w.m.streams.ticket(inst.PID(), s, []byte("goes first"))
+	id, err := w.m.streams.ticket(inst.PID(), 0, s, []byte("goes first"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,15 +267,24 @@ func TestTicketsOfEachPlugin(t *testing.T) {
 	closed := &stalled{ended: make(chan struct{})}
 	close(closed.ended)
 	for range maxTickets {
-		if _, err := w.m.streams.ticket(1, closed, nil); err != nil {
+		if _, err := w.m.streams.ticket(1, 0, closed, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := w.m.streams.ticket(1, closed, nil); err == nil {
+	if _, err := w.m.streams.ticket(1, 0, closed, nil); err == nil {
 		t.Error("one more than there may be")
 	}
-	if _, err := w.m.streams.ticket(2, closed, nil); err != nil {
+	if _, err := w.m.streams.ticket(2, 0, closed, nil); err != nil {
 		t.Errorf("another plugin's: %v", err)
+	}
+	if _, err := w.m.streams.ticket(1, 7, closed, nil); err != nil {
+		t.Errorf("of what comes in from a host: %v", err)
+	}
+	for range maxTickets {
+		w.m.streams.ticket(1, 7, closed, nil)
+	}
+	if _, err := w.m.streams.ticket(1, 8, closed, nil); err != nil {
+		t.Errorf("of what comes in from another host: %v", err)
 	}
 }
 
@@ -396,7 +406,7 @@ func TestAnotherSchemaAfterACrash(t *testing.T) {
 	exe := s.Path
 	script := filepath.Join(t.TempDir(), "muxproxy-plugin-a")
 	play := func(mode string) {
-		if err := os.WriteFile(script+".new", []byte("#!/bin/sh\nexec "+exe+" a "+mode+"\n"), 0o700); err != nil {
+		if err := writeProgram(script+".new", []byte("#!/bin/sh\nexec "+exe+" a "+mode+"\n")); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Rename(script+".new", script); err != nil {
@@ -416,4 +426,12 @@ func TestAnotherSchemaAfterACrash(t *testing.T) {
 	if d := w.check(use.Exec, "h"); d == nil {
 		t.Error("it judges by a block that is not its own")
 	}
+}
+
+// writeProgram writes what will be run. Nothing forks meanwhile: the child would have the file open for writing until its
+// execve(2), and the program could not be run.
+func writeProgram(path string, content []byte) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	return os.WriteFile(path, content, 0o700)
 }

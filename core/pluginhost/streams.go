@@ -19,7 +19,9 @@ import (
 )
 
 const (
-	maxTickets = 1024            // of one plugin that nobody has come with yet
+	// maxTickets bounds those of one plugin that nobody has come with yet, and of them those of each connection's incoming
+	// streams by themselves: whoever knocks there must not keep others from dialling.
+	maxTickets = 1024
 	helloTime  = 5 * time.Second // for a peer that connects and sends no ticket
 	// presentEvery is how often the directory of sockets is looked after: logind takes /run/user/UID away with the user's
 	// last session, and the master lives on.
@@ -37,14 +39,16 @@ type streams struct {
 	closed  bool
 	ending  chan struct{} // closed with it
 	tickets map[[pluginrun.TicketSize]byte]*ticket
-	open    map[io.Closer]bool // what close has to end
+	taken   map[[pluginrun.TicketSize]byte]*ticket // those of incoming streams that were spent, while the streams last
+	open    map[io.Closer]bool                     // what close has to end
 }
 
 type ticket struct {
-	session int // of the plugin that may use it
-	stream  Stream
-	data    []byte // goes first
-	timer   *time.Timer
+	session    int    // of the plugin that may use it
+	connection uint64 // of an incoming stream; 0: it was dialled
+	stream     Stream
+	data       []byte // goes first
+	timer      *time.Timer
 }
 
 func listenStreams(m *Manager) (*streams, error) {
@@ -53,7 +57,8 @@ func listenStreams(m *Manager) (*streams, error) {
 		return nil, err
 	}
 	s := &streams{
-		m: m, at: at, ending: make(chan struct{}), tickets: map[[pluginrun.TicketSize]byte]*ticket{}, open: map[io.Closer]bool{},
+		m: m, at: at, ending: make(chan struct{}), tickets: map[[pluginrun.TicketSize]byte]*ticket{},
+		taken: map[[pluginrun.TicketSize]byte]*ticket{}, open: map[io.Closer]bool{},
 	}
 	s.accepting.Go(s.run)
 	return s, nil
@@ -145,8 +150,8 @@ func (s *streams) untrack(c io.Closer) {
 	c.Close()
 }
 
-// ticket makes a ticket for a stream, which is closed if nobody comes for it.
-func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error) {
+// ticket makes a ticket for a stream, which is closed if nobody comes for it. connection is where an Incoming comes from.
+func (s *streams) ticket(session int, connection uint64, stream Stream, data []byte) ([]byte, error) {
 	var id [pluginrun.TicketSize]byte
 	rand.Read(id[:]) // never fails
 	s.mu.Lock()
@@ -156,14 +161,14 @@ func (s *streams) ticket(session int, stream Stream, data []byte) ([]byte, error
 	}
 	waiting := 0
 	for _, t := range s.tickets {
-		if t.session == session {
+		if t.session == session && t.connection == connection {
 			waiting++
 		}
 	}
 	if waiting >= maxTickets {
 		return nil, fmt.Errorf("%d streams wait to be fetched", maxTickets)
 	}
-	t := &ticket{session: session, stream: stream, data: data}
+	t := &ticket{session: session, connection: connection, stream: stream, data: data}
 	t.timer = time.AfterFunc(s.m.o.Timing.Ticket, func() {
 		if s.remove(id, t) {
 			stream.Close()
@@ -184,6 +189,31 @@ func (s *streams) remove(id [pluginrun.TicketSize]byte, t *ticket) bool {
 	return true
 }
 
+// incoming finds a stream that a plugin's listener has accepted, by its ticket; nil: there is none. The ticket is good at
+// least until release, and after that as long as a new one.
+func (s *streams) incoming(session int, id []byte) (stream Incoming, connection uint64, release func()) {
+	if len(id) != pluginrun.TicketSize {
+		return nil, 0, nil
+	}
+	key := [pluginrun.TicketSize]byte(id)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, spent := s.taken[key]
+	if !spent {
+		t = s.tickets[key]
+	}
+	if t == nil || t.session != session || t.connection == 0 || !spent && !t.timer.Stop() {
+		return nil, 0, nil
+	}
+	return t.stream.(Incoming), t.connection, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.tickets[key] == t {
+			t.timer.Reset(s.m.o.Timing.Ticket)
+		}
+	}
+}
+
 // redeem returns what a ticket is for. One that another plugin comes with stays good for its owner.
 func (s *streams) redeem(id [pluginrun.TicketSize]byte, session int) *ticket {
 	s.mu.Lock()
@@ -194,7 +224,17 @@ func (s *streams) redeem(id [pluginrun.TicketSize]byte, session int) *ticket {
 	}
 	delete(s.tickets, id)
 	t.timer.Stop()
+	if t.connection != 0 {
+		s.taken[id] = t
+	}
 	return t
+}
+
+// forget is told that the stream of a ticket that was redeemed has ended.
+func (s *streams) forget(id [pluginrun.TicketSize]byte) {
+	s.mu.Lock()
+	delete(s.taken, id)
+	s.mu.Unlock()
 }
 
 // revoke closes the streams of a plugin that has ended and did not fetch them.
@@ -244,6 +284,7 @@ func (s *streams) serve(c *net.UnixConn) {
 		refuse("the ticket is not good: unknown, used, too old, or another's")
 		return
 	}
+	defer s.forget(id)
 	if !s.track(t.stream) {
 		t.stream.Close()
 		return

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -327,6 +328,12 @@ func TestHostService(t *testing.T) {
 		{[]string{"handover-not", "1", "echo:1"}, 255, "not today\n", "dial 1 tcp echo:1", "dial"},
 		{[]string{"listen", "1", "localhost:0"}, 0, "127.0.0.1:4444\n192.0.2.1:99\n", "listen 1 tcp localhost:0", "listen"},
 		{[]string{"offer", "1", "localhost:0"}, 0, "192.0.2.1:99\nover there (in 0, out 10)", "listen 1 tcp localhost:0", "listen"},
+		{[]string{"permit", "1", "before", "tcp", "h:1"}, 0, "over there", "permit tcp h:1", "listen"},
+		{[]string{"permit", "1", "after", "unix", "/s"}, 0,
+			"stream socket: the ticket is not good: unknown, used, too old, or another's\n", "permit unix /s", "listen"},
+		{[]string{"permit", "1", "before", "tcp", "denied:1"}, 1, "denied: denied by policy: no\n", "permit tcp denied:1", "listen"},
+		{[]string{"permit", "1", "before", "udp", "h:1"}, 255, `unknown network "udp"` + "\n", "", "listen"},
+		{[]string{"permit", "1", "too-late", "tcp", "h:1"}, 255, "the stream has ended, or is another's\n", "", "listen"},
 		{[]string{"listen", "2", "localhost:0"}, 1, "denied: u@foreign:22 has no block of can\n", "", "listen"},
 		{[]string{"kept"}, 0, "", "", "keep"},
 		{[]string{"keep", "this"}, 0, "", "", "keep"},
@@ -411,7 +418,7 @@ func TestTickets(t *testing.T) {
 		near, far := w.backend.pair()
 		fmt.Fprint(far, "hello")
 		far.Close()
-		id, err := w.m.streams.ticket(pid("a"), near, nil)
+		id, err := w.m.streams.ticket(pid("a"), 0, near, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -436,7 +443,7 @@ func TestTickets(t *testing.T) {
 	}
 	w.m.o.Timing.Ticket = time.Millisecond
 	near, far := w.backend.pair()
-	late, err := w.m.streams.ticket(pid("a"), near, nil)
+	late, err := w.m.streams.ticket(pid("a"), 0, near, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -450,7 +457,7 @@ func TestTickets(t *testing.T) {
 	// Those that a plugin leaves behind end with it.
 	w.m.o.Timing.Ticket = time.Hour
 	near, far = w.backend.pair()
-	if _, err := w.m.streams.ticket(pid("a"), near, nil); err != nil {
+	if _, err := w.m.streams.ticket(pid("a"), 0, near, nil); err != nil {
 		t.Fatal(err)
 	}
 	inst, _ := w.m.set().find("a").up()
@@ -459,6 +466,53 @@ func TestTickets(t *testing.T) {
 		t.Errorf("a dead plugin's stream: %v", err)
 	}
 	far.Close()
+}
+
+// A ticket does not grow old while somebody decides where its stream may lead; only an incoming one of the plugin's own leads
+// anywhere.
+func TestTicketsWait(t *testing.T) {
+	w := newWorld(t, Timing{})
+	w.run([]Plugin{spec(t, "a", "")})
+	w.m.o.Timing.Ticket = 50 * time.Millisecond
+	issue := func(connection uint64) (id []byte, far *net.UnixConn) {
+		near, far := w.backend.pair()
+		t.Cleanup(func() { far.Close() })
+		id, err := w.m.streams.ticket(1, connection, fakeArrival{near, w.backend}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id, far
+	}
+	id, far := issue(7)
+	if s, _, _ := w.m.streams.incoming(2, id); s != nil {
+		t.Error("another plugin's")
+	}
+	if s, _, _ := w.m.streams.incoming(1, id[1:]); s != nil {
+		t.Error("a part of one")
+	}
+	s, connection, release := w.m.streams.incoming(1, id)
+	if s == nil || connection != 7 {
+		t.Fatalf("%v, %d", s, connection)
+	}
+	if s, _, _ := w.m.streams.incoming(1, id); s != nil {
+		t.Error("decided twice at once")
+	}
+	far.SetReadDeadline(time.Now().Add(150 * time.Millisecond))
+	if _, err := far.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("while it is decided: %v", err)
+	}
+	release()
+	far.SetReadDeadline(time.Time{})
+	if _, err := far.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("after that: %v", err)
+	}
+	if s, _, _ := w.m.streams.incoming(1, id); s != nil {
+		t.Error("too old")
+	}
+	id, _ = issue(0)
+	if s, _, _ := w.m.streams.incoming(1, id); s != nil {
+		t.Error("one that was dialled")
+	}
 }
 
 // A process of this user without the token gets nowhere, in either direction.

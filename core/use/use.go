@@ -81,7 +81,7 @@ type Use struct {
 	Command   string // exec: the bytes as sent
 	Subsystem string // subsystem: its name
 	Addr      string // forwards and jumps: destination or listen address, host:port or a path
-	Name      string // other: channel or request type; control: the verb
+	Name      string // other: channel or request type; control: the verb; remote-forward: "connect" if a stream from the host is to lead to Addr
 }
 
 // Gate decides about every use. There is no way to a channel, a forward or a changing command around it.

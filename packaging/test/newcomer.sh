@@ -73,7 +73,8 @@ as 'ssh box true' || fail "ssh does not work without muxproxy"
 # state is all that the newcomer's home has, and what else anywhere is theirs.
 state() {
 	(cd "$home" && find . -printf '%y %m %u:%g %P %l\n' && find . -type f -exec sha256sum {} +) | sort
-	find / -xdev \( -path /proc -o -path /sys -o -path "$home" -o -path "$dir" \) -prune -o -user "$me" -print 2>/dev/null | sort
+	# Files of others that vanish meanwhile are no failure.
+	{ find / -xdev \( -path /proc -o -path /sys -o -path "$home" -o -path "$dir" \) -prune -o -user "$me" -print 2>/dev/null || true; } | sort
 	if [ -d "/run/user/$(id -u "$me")" ]; then find "/run/user/$(id -u "$me")" | sort; fi
 }
 state >"$dir/before"

@@ -91,6 +91,9 @@ func subject(u plugin.Use) string {
 	case "local-forward":
 		return "to " + u.Addr
 	case "remote-forward":
+		if u.Name == "connect" {
+			return "let that host connect to " + u.Addr
+		}
 		return "listen there on " + u.Addr
 	case "cancel-forward":
 		return "listen there no more on " + u.Addr

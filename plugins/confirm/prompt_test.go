@@ -55,6 +55,10 @@ Yes counts for this one.`
 			t.Errorf("%s: %s", kind, got)
 		}
 	}
+	u = plugin.Use{Kind: "remote-forward", Target: target, Addr: "10.0.0.1:80", Name: "connect"}
+	if got := prompt(u, nil, chain, ""); !strings.Contains(got, "\nremote-forward: let that host connect to 10.0.0.1:80\n") {
+		t.Error(got)
+	}
 	long := "begin" + strings.Repeat("x", 100_000) + "; rm -rf ~"
 	got = prompt(plugin.Use{Kind: "exec", Target: target, Command: long}, nil, chain, "")
 	if !strings.Contains(got, "exec: beginxxx") || !strings.Contains(got, "xxx; rm -rf ~\n") {

@@ -36,7 +36,8 @@ func no(format string, args ...any) error { return &failure{statusNo, fmt.Errorf
 // Command implements plugin.Commander.
 func (p *Plugin) Command(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root := &cobra.Command{
-		Use: "muxproxy forward", Short: "forwards that are open without an ssh", SilenceErrors: true, SilenceUsage: true,
+		Use: "forward", Annotations: map[string]string{cobra.CommandDisplayNameAnnotation: "muxproxy forward"},
+		Short: "forwards that are open without an ssh", SilenceErrors: true, SilenceUsage: true,
 		Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return errors.New("what: add, list or remove?") },
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -64,21 +65,29 @@ func (p *Plugin) addCommand() *cobra.Command {
 		kind   kind
 		use    string
 	}{
-		{"L", local, "from here to one place: [ADDRESS:]PORT:HOST:HOSTPORT, or sockets' paths"},
-		{"R", remote, "from the host to one place here, or with [ADDRESS:]PORT by SOCKS to all"},
-		{"D", dynamic, "SOCKS and HTTP CONNECT: [ADDRESS:]PORT"},
+		{"L", local, "from here to one place: `SPEC` is [ADDRESS:]PORT:HOST:HOSTPORT, or has sockets' paths"},
+		{"R", remote, "from the host to one place here, or with `SPEC` [ADDRESS:]PORT by SOCKS to all"},
+		{"D", dynamic, "SOCKS and HTTP CONNECT: `SPEC` is [ADDRESS:]PORT, or a socket's path"},
 	}
 	cmd := &cobra.Command{
 		Use:   "add (-L|-R|-D) SPEC HOST",
 		Short: "open a forward",
 		Long: `Opens a forward as ssh's option would, through the master's connection to HOST. It
-stays over restarts of the master, until it is removed or its time is over.`,
-		Example: "  muxproxy forward add -L 5432:localhost:5432 db.example.com --for 8h",
-		Args:    cobra.ExactArgs(1),
+stays over restarts of the master, until it is removed or its time is over. A port
+without an address is one of loopback; for others policy has to say gateway = true.`,
+		Example: `  muxproxy forward add -L 5432:localhost:5432 db.example.com --for 8h
+  muxproxy forward add -D 1080 db.example.com
+  muxproxy forward add -R 0:localhost:3000 db.example.com --with-client`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("give one HOST besides the option and its SPEC, not %d: muxproxy forward add --help", len(args))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var given []int
 			for i, o := range options {
-				if cmd.Flags().Changed(o.letter) {
+				if cmd.Flags().Changed(string(o.kind)) {
 					given = append(given, i)
 				}
 			}
@@ -101,10 +110,9 @@ stays over restarts of the master, until it is removed or its time is over.`,
 		},
 	}
 	for i, o := range options {
-		cmd.Flags().StringVarP(&specs[i], o.letter, o.letter, "", o.use)
-		cmd.Flags().Lookup(o.letter).DefValue = ""
+		cmd.Flags().StringVarP(&specs[i], string(o.kind), o.letter, "", o.use)
 	}
-	cmd.Flags().DurationVar(&life, "for", 0, "close it after this time")
+	cmd.Flags().DurationVar(&life, "for", 0, "close it after this `DURATION`, such as 90s, 10m or 8h")
 	cmd.Flags().BoolVar(&withClient, "with-client", false, "close it when the last client of the connection has left")
 	return cmd
 }
@@ -121,6 +129,9 @@ func (p *Plugin) add(ctx context.Context, f *forward, stdout, stderr io.Writer) 
 		return fmt.Errorf("%q is no host", f.host)
 	case f.spec.listen.gateway():
 		return no("%s lets other machines in: only policy can allow that, in a forward block with gateway = true", f.spec.listen)
+	}
+	if err := p.restore(ctx); err != nil { // it would have an ID that another one has, and could not be kept
+		return &failure{statusError, err}
 	}
 	target, block, err := host.Resolve(ctx, f.host)
 	if errors.Is(err, plugin.ErrDenied) {
@@ -248,7 +259,10 @@ func (p *Plugin) listCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "list the forwards",
-		Args:  cobra.NoArgs,
+		Long: `Lists the forwards of policy (p1, p2, ...) and those that were added. NOW and TOTAL are
+connections, IN and OUT bytes towards the host and from it. One that is "waiting" is
+not open, for the reason that follows, and tried again.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			list := []status{}
 			for _, f := range p.all() {
@@ -270,7 +284,10 @@ func table(w io.Writer, list []status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "ID\tKIND\tLISTEN\tTO\tHOST\tNOW\tTOTAL\tIN\tOUT\tOWNER\tSTATE")
 	for _, s := range list {
-		to, owner, state := s.To, s.Owner, s.State
+		listen, to, owner, state := s.Listen, s.To, s.Owner, s.State
+		if (listen == "0" || strings.HasSuffix(listen, ":0")) && len(s.Listening) > 0 {
+			listen = s.Listening[0] // the server has chosen the port
+		}
 		if to == "" {
 			to = "anywhere"
 		}
@@ -283,7 +300,7 @@ func table(w io.Writer, list []status) error {
 		if s.Reason != "" {
 			state += ": " + s.Reason
 		}
-		row := []string{s.ID, string(s.Kind), s.Listen, to, s.Host, fmt.Sprint(s.Connections), fmt.Sprint(s.Total), size(s.In), size(s.Out), owner, state}
+		row := []string{s.ID, string(s.Kind), listen, to, s.Host, fmt.Sprint(s.Connections), fmt.Sprint(s.Total), size(s.In), size(s.Out), owner, state}
 		for i, cell := range row {
 			row[i] = plugin.Printable(cell)
 		}
@@ -310,7 +327,12 @@ func (p *Plugin) removeCommand() *cobra.Command {
 		Use:   "remove ID|SPEC",
 		Short: "close a forward that was added",
 		Long:  "Closes a forward that was added, by its ID in the list, as it was given to add, or by where it listens. Its\nstreams go on.",
-		Args:  cobra.ExactArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("give one ID or SPEC, not %d: see muxproxy forward list", len(args))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f, err := p.find(args[0])
 			if err != nil {
@@ -336,7 +358,10 @@ func (p *Plugin) find(text string) (*forward, error) {
 		}
 		s, err := parseSpec(f.spec.kind, text)
 		at, errAt := parseListen(remote, text)
-		if err == nil && s == f.spec || errAt == nil && at == f.spec.listen {
+		chosen := f.spec.kind == remote && f.spec.listen.port == 0 && slices.ContainsFunc(f.status().Listening, func(bound string) bool {
+			return bound == text || strings.HasSuffix(bound, ":"+text)
+		})
+		if err == nil && s == f.spec || errAt == nil && at == f.spec.listen || chosen {
 			found = append(found, f)
 		}
 	}

@@ -51,29 +51,30 @@ type timing struct {
 	clients     time.Duration // between two looks whether a connection has clients left
 }
 
-// maxWaiting is how many connections may be before their stream at once; more wait in the kernel.
-const maxWaiting = 1024
+// maxWaiting is how many connections of one forward may be before their stream at once. Of a dynamic or local one more wait
+// in the kernel. It is each forward's own: who may connect to one can't keep others from theirs.
+const maxWaiting = 512
 
 // Plugin is the plugin forward.
 type Plugin struct {
 	timing  timing
 	uid     int // whose connections are let in
 	finder  *finder
-	slots   chan struct{} // a place per connection that has no stream yet
 	dialer  dialer
 	ctx     context.Context // ends with Close
 	stop    context.CancelFunc
 	running sync.WaitGroup // everything but streams that were handed over: those end by themselves
-	keeping chan struct{}  // holds an element while what is kept is written: the last state is written last
+	keeping chan struct{}  // holds an element while what is kept is read or written: the last state is written last
 
-	mu       sync.Mutex // guards what follows
-	host     *plugin.Host
-	log      zerolog.Logger
-	forwards []*forward
-	lastID   int  // of those that commands have added
-	lastOwn  int  // of those in policy
-	restored bool // what was kept has been read
-	watching bool // watch runs
+	mu         sync.Mutex // guards what follows
+	host       *plugin.Host
+	log        zerolog.Logger
+	forwards   []*forward
+	lastID     int  // of those that commands have added
+	lastOwn    int  // of those in policy
+	configured bool // once at least
+	restored   bool // what was kept has been read
+	watching   bool // watch runs
 }
 
 // New returns the plugin.
@@ -84,7 +85,7 @@ func newPlugin() *Plugin {
 		timing: timing{
 			first: time.Second, most: time.Minute, grace: 10 * time.Second, fresh: 5 * time.Second, clients: 2 * time.Second,
 		},
-		uid: os.Geteuid(), finder: newFinder(), slots: make(chan struct{}, maxWaiting), keeping: make(chan struct{}, 1),
+		uid: os.Geteuid(), finder: newFinder(), keeping: make(chan struct{}, 1),
 	}
 	p.ctx, p.stop = context.WithCancel(context.Background())
 	p.dialer.init()
@@ -152,8 +153,6 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 	}
 	p.mu.Lock()
 	p.host, p.log = c.Host, c.Log
-	first := !p.restored
-	p.restored = true
 	var gone []*forward
 	p.forwards = slices.DeleteFunc(p.forwards, func(f *forward) bool {
 		if f.where == "" { // a command's
@@ -177,17 +176,22 @@ func (p *Plugin) Configure(ctx context.Context, c *plugin.Config) plugin.Diagnos
 		ending.Go(func() { f.end("policy has it no more") })
 	}
 	ending.Wait()
-	var kept []kept
-	if first {
-		kept = p.kept(ctx)
-	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	for _, w := range all {
 		p.lastOwn++
 		p.startLocked(&forward{wish: w.wish, id: fmt.Sprintf("p%d", p.lastOwn), where: w.where, block: w.block, pos: w.pos})
 	}
-	p.restoreLocked(kept)
+	first := !p.configured
+	p.configured = true
+	log := p.log
+	p.mu.Unlock()
+	if !first {
+		return problems
+	}
+	if err := p.restore(ctx); err != nil {
+		log.Error().Err(err).Msg("it is tried again")
+		p.running.Go(p.restoreLater)
+	}
 	return problems
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -13,9 +14,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -34,6 +37,9 @@ func TestMain(m *testing.M) {
 	}
 	if to := os.Getenv("PLAY_CLIENT"); to != "" {
 		playClient(to)
+	}
+	if address := os.Getenv("PLAY_MACHINE"); address != "" {
+		playMachine(address)
 	}
 	os.Exit(m.Run())
 }
@@ -142,6 +148,14 @@ func (w *world) opened(i int) string {
 		return true
 	})
 	return list[i].Listening[0]
+}
+
+// emptied waits until no connection has the place of one without a stream.
+func (w *world) emptied() {
+	w.t.Helper()
+	until(w.t, "all places are free", func() bool {
+		return !slices.ContainsFunc(w.p.all(), func(f *forward) bool { return len(f.slots) > 0 })
+	})
 }
 
 // recorded waits until the audit log has so many lines with text in them, and checks that it has no more.
@@ -475,6 +489,7 @@ func TestReload(t *testing.T) {
 		t.Errorf("before %+v\nafter %+v", before, after)
 	}
 	w.recorded("opened ", 3)
+	w.recorded("failed ", 0) // what takes the place of another waits for that
 	ping(a)
 	ping(b)
 	w.use(`{}`)
@@ -641,6 +656,271 @@ func TestRemoteDynamic(t *testing.T) {
 		t.Errorf("nobody there: %q", got)
 	}
 	until(t, "counted", func() bool { s := w.list()[0]; return s.In >= 3 && s.Out >= 3 })
+	w.emptied()
+	// Its streams end with the plugin, and don't look complete.
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	port = l.Addr().(*net.TCPAddr).Port
+	c = dial(t, "tcp", at)
+	c.Write([]byte{5, 1, 0, 5, 1, 0, 1, 127, 0, 0, 1, byte(port >> 8), byte(port), 'h', 'i'})
+	near, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer near.Close()
+	near.SetDeadline(time.Now().Add(20 * time.Second))
+	if !readIs(near, make([]byte, 2), "hi") {
+		t.Error("no stream")
+	}
+	w.p.Close()
+	if n, err := near.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the plugin has ended: %d bytes, %v", n, err)
+	}
+}
+
+// Policy decides where what comes from the server may lead, to a fixed place and by SOCKS; nothing is connected to before.
+func TestRemoteIsJudged(t *testing.T) {
+	good := echo(t, "tcp", "127.0.0.1:0").Addr().(*net.TCPAddr)
+	dir := t.TempDir()
+	sock := filepath.Join(dir, "echo")
+	echo(t, "unix", sock)
+	bad, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bad.Close()
+	came := make(chan struct{}, 10)
+	go func() {
+		for {
+			c, err := bad.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+			came <- struct{}{}
+		}
+	}()
+	w := newWorld(t)
+	var mu sync.Mutex // guards asked
+	var asked []string
+	w.Master.OnPermit = func(_ context.Context, r *pluginpb.PermitRequest) error {
+		mu.Lock()
+		asked = append(asked, r.GetNetwork()+" "+r.GetAddress())
+		mu.Unlock()
+		switch {
+		case r.GetAddress() == bad.Addr().String():
+			return grpcstatus.Error(codes.PermissionDenied, "denied by policy: not there")
+		case r.GetAddress() == "odd:1":
+			return grpcstatus.Error(codes.Unimplemented, "what?")
+		}
+		return nil
+	}
+	w.use(fmt.Sprintf(`{"remote": [{"address": "127.0.0.1:0", "to": %q}, {"address": "localhost:0", "to": %q}]}`, bad.Addr(), sock))
+	if code, out := w.command("add", "-R", "127.0.0.1:0", "h"); code != 0 {
+		t.Fatal(out)
+	}
+	denied, allowed, socks := w.opened(0), w.opened(1), w.opened(2)
+	connect := func(port int) string {
+		return hello5 + string([]byte{5, 1, 0, 1, 127, 0, 0, 1, byte(port >> 8), byte(port)})
+	}
+	for _, c := range []struct{ name, at, say, want, asked string }{
+		{"fixed, denied", denied, "hi", "", "tcp " + bad.Addr().String()},
+		{"fixed, allowed", allowed, "hi", "hi", "unix " + sock},
+		{"socks, denied", socks, connect(bad.Addr().(*net.TCPAddr).Port), ok5 + reply5(2), "tcp " + bad.Addr().String()},
+		{"http, denied", socks, fmt.Sprintf("CONNECT %s HTTP/1.1\r\n\r\n", bad.Addr()), "HTTP/1.1 403 Forbidden\r\n", "tcp " + bad.Addr().String()},
+		{"no answer that is one", socks, hello5 + "\x05\x01\x00\x03\x03odd\x00\x01", ok5 + reply5(1), "tcp odd:1"},
+		{"socks, allowed", socks, connect(good.Port) + "hi", ok5 + reply5(0) + "hi", "tcp " + good.String()},
+	} {
+		mu.Lock()
+		asked = nil
+		mu.Unlock()
+		near := dial(t, "tcp", c.at)
+		fmt.Fprint(near, c.say)
+		near.CloseWrite()
+		got, _ := io.ReadAll(near) // a refusal may be a reset
+		mu.Lock()
+		if string(got) != c.want && !(strings.HasPrefix(c.want, "HTTP") && strings.HasPrefix(string(got), c.want)) || strings.Join(asked, "|") != c.asked {
+			t.Errorf("%s: %q, want %q; asked about %q", c.name, got, c.want, asked)
+		}
+		mu.Unlock()
+	}
+	select {
+	case <-came:
+		t.Error("connected to what was denied")
+	default:
+	}
+}
+
+// What was kept and can't be read for a moment is neither lost nor overwritten.
+func TestKeptLater(t *testing.T) {
+	w := newWorld(t)
+	port := free(t)
+	data := fmt.Sprintf(`{"version":1,"last":7,"added":[{"id":7,"kind":"dynamic","spec":"127.0.0.1:%d","host":"h"}]}`, port)
+	if _, err := w.Master.Keep(t.Context(), &pluginpb.KeepRequest{Data: []byte(data)}); err != nil {
+		t.Fatal(err)
+	}
+	var broken atomic.Bool
+	broken.Store(true)
+	w.Master.OnKept = func() error {
+		if broken.Load() {
+			return grpcstatus.Error(codes.FailedPrecondition, "kept data: too many open files")
+		}
+		return nil
+	}
+	w.use(`{}`)
+	const want = "muxproxy: the forwards that were added before can't be read: kept data: too many open files\n"
+	if code, out := w.command("add", "-D", fmt.Sprint(free(t)), "h"); code != 255 || out != want {
+		t.Errorf("%d: %s", code, out)
+	}
+	broken.Store(false)
+	until(t, "restored", func() bool { return len(w.list()) == 1 })
+	w.opened(0)
+	if code, out := w.command("add", "-D", fmt.Sprintf("127.0.0.1:%d", free(t)), "h"); code != 0 || !strings.HasPrefix(out, "8: ") {
+		t.Errorf("%d: %s", code, out)
+	}
+	w.use(`{}`)
+	kept, err := w.Master.Kept(t.Context(), nil)
+	if err != nil || strings.Count(string(kept.GetData()), `"id":`) != 2 || len(w.list()) != 2 {
+		t.Errorf("%s, %v", kept.GetData(), err)
+	}
+}
+
+// A forward that has as many clients as it can take, who say nothing, leaves the others alone, and ends at once.
+func TestFull(t *testing.T) {
+	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
+	w := newWorld(t)
+	var mu sync.Mutex // guards block
+	block := "0"
+	w.Master.OnResolve = func(target string) (*pluginpb.ResolveResponse, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return &pluginpb.ResolveResponse{Target: &pluginpb.Target{User: "u", Host: target, Port: 22}, Block: block}, nil
+	}
+	w.use(fmt.Sprintf(`{"dynamic": [{"address": "127.0.0.1:%d", "users": "any"}], "local": [{"address": "127.0.0.1:%d", "to": %q, "users": "self"}],
+		"remote": [{"address": "127.0.0.1:0", "to": %q}]}`, free(t), free(t), to, to))
+	w.opened(0)
+	list := w.p.all()
+	var at [3]string
+	for i := range list {
+		at[i] = w.opened(i)
+	}
+	for i, f := range list {
+		if f.spec.kind == local {
+			if got := talk(t, dial(t, "tcp", at[i]), "x"); got != "x" {
+				t.Errorf("while nothing is full: %q", got)
+			}
+			continue
+		}
+		for range cap(f.slots) { // what clients that say nothing have
+			f.slots <- struct{}{}
+		}
+		if f.spec.kind == dynamic {
+			dial(t, "tcp", at[i])
+		}
+	}
+	for i, f := range list {
+		switch f.spec.kind {
+		case local:
+			if got := talk(t, dial(t, "tcp", at[i]), "x"); got != "x" {
+				t.Errorf("another forward: %q", got)
+			}
+		case remote:
+			if b, err := io.ReadAll(dial(t, "tcp", at[i])); len(b) > 0 || err != nil && !strings.Contains(err.Error(), "reset") {
+				t.Errorf("one too many from the server: %q, %v", b, err)
+			}
+		}
+	}
+	mu.Lock()
+	block = "1"
+	mu.Unlock()
+	for _, f := range list {
+		f.wake()
+	}
+	until(t, "closed", func() bool {
+		for _, s := range w.list() {
+			if s.State != waiting {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// What can't be had is tried at growing distances, not at the longest from the first time on.
+func TestBackOff(t *testing.T) {
+	w := newWorld(t)
+	w.p.timing.first, w.p.timing.most = time.Millisecond, time.Hour
+	var tries atomic.Int32
+	w.Master.OnListen = func(context.Context, *pluginpb.ListenRequest) (net.Listener, error) {
+		tries.Add(1)
+		return nil, grpcstatus.Error(codes.FailedPrecondition, "the server refused the remote forward")
+	}
+	w.use(`{"remote": [{"address": "127.0.0.1:0", "to": "h:80"}]}`)
+	until(t, "tried again", func() bool { return tries.Load() >= 5 })
+}
+
+// A machine that slept for longer than a forward was wanted: its timer stood still.
+func TestOverdue(t *testing.T) {
+	w := newWorld(t)
+	w.use(`{}`)
+	if code, out := w.command("add", "h", "-D", fmt.Sprintf("127.0.0.1:%d", free(t)), "--for", "1h"); code != 0 {
+		t.Fatal(out)
+	}
+	w.p.Observe(t.Context(), plugin.Event{Kind: "wake"})
+	if len(w.list()) != 1 {
+		t.Fatal("ended before its time")
+	}
+	f := w.p.all()[0]
+	f.timer.Stop()
+	f.until = time.Now().Add(-time.Second)
+	w.p.Observe(t.Context(), plugin.Event{Kind: "wake"})
+	if list := w.list(); len(list) != 0 {
+		t.Errorf("%+v", list)
+	}
+	w.recorded("command: its time is over", 1)
+}
+
+// As many as can be kept, and no more.
+func TestTooMany(t *testing.T) {
+	w := newWorld(t)
+	w.use(`{}`)
+	dir := t.TempDir()
+	for i := range maxAdded {
+		if code, out := w.command("add", "h", "-D", filepath.Join(dir, fmt.Sprint(i))); code != 0 {
+			t.Fatal(out)
+		}
+	}
+	if code, out := w.command("add", "h", "-D", filepath.Join(dir, "x")); code != 1 || out != "muxproxy: there are 64 forwards already: remove some\n" {
+		t.Errorf("%d: %s", code, out)
+	}
+	if code, out := w.command("add", strings.Repeat("h", maxText+1), "-D", "1080"); code != 2 || out != "muxproxy: more than 300 bytes are too long\n" {
+		t.Errorf("%d: %s", code, out)
+	}
+}
+
+// Clients that have not said what they want end with their forward.
+func TestSilentClients(t *testing.T) {
+	w := newWorld(t)
+	w.use(`{}`)
+	for _, add := range [][]string{{"-D", fmt.Sprintf("127.0.0.1:%d", free(t))}, {"-R", "127.0.0.1:0"}} {
+		if code, out := w.command(append([]string{"add", "h"}, add...)...); code != 0 {
+			t.Fatal(out)
+		}
+		c := dial(t, "tcp", w.opened(0))
+		fmt.Fprint(c, "\x05")
+		f := w.p.all()[0]
+		until(t, "somebody is there", func() bool { return len(f.slots) == 1 })
+		if code, out := w.command("remove", f.id); code != 0 {
+			t.Error(out)
+		}
+		if n, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%q: %d bytes, %v", add, n, err)
+		}
+		until(t, "its place is free", func() bool { return len(f.slots) == 0 })
+	}
 }
 
 // What commands add: with a time, with the clients, over restarts.
@@ -658,8 +938,8 @@ func TestCommands(t *testing.T) {
 		want   string
 	}{
 		{nil, 2, "add, list or remove"},
-		{[]string{"nonsense"}, 2, "unknown command"},
-		{[]string{"add"}, 2, "accepts 1 arg"},
+		{[]string{"nonsense"}, 2, `unknown command "nonsense" for "muxproxy forward"`},
+		{[]string{"add"}, 2, "give one HOST besides the option and its SPEC, not 0"},
 		{[]string{"add", "h"}, 2, "give one of -L, -R and -D"},
 		{[]string{"add", "-L", spec, "-D", "1080", "h"}, 2, "give one of"},
 		{[]string{"add", "-L", "8080", "h"}, 2, `"8080" is no local forward: write [ADDRESS:]PORT:HOST:HOSTPORT`},
@@ -673,7 +953,7 @@ func TestCommands(t *testing.T) {
 		{[]string{"add", "-L", spec, "h"}, 1, "there is such a forward already: 2"},
 		{[]string{"add", "-D", fmt.Sprint(short), "--for", "1h", "h"}, 0, fmt.Sprintf("3: listening on 127.0.0.1:%d and [::1]:%d\n", short, short)},
 		{[]string{"list"}, 0, "2   local    127.0.0.1:" + fmt.Sprint(port)},
-		{[]string{"remove"}, 2, "accepts 1 arg"},
+		{[]string{"remove"}, 2, "give one ID or SPEC, not 0"},
 		{[]string{"remove", "99"}, 1, `there is no forward "99"`},
 		{[]string{"remove", "p1"}, 1, "p1 is policy's, in host"},
 	} {
@@ -681,6 +961,26 @@ func TestCommands(t *testing.T) {
 		if code != c.status || !strings.Contains(out, c.want) || strings.Count(out, "\n") != 1 && c.args[0] != "list" {
 			t.Errorf("%q: %d\n%s", c.args, code, out)
 		}
+	}
+	for args, want := range map[string]string{
+		"--help": "\n  muxproxy forward [command]\n", "add --help": "\n  muxproxy forward add (-L|-R|-D) SPEC HOST [flags]\n",
+		"list --help": "\n  muxproxy forward list [flags]\n", "remove --help": "\n  muxproxy forward remove ID|SPEC [flags]\n",
+	} {
+		if code, out := w.command(strings.Fields(args)...); code != 0 || !strings.Contains(out, want) || strings.Contains(out, "muxproxy add") {
+			t.Errorf("%s: %d\n%s", args, code, out)
+		}
+	}
+	// A port that the server chose is what the list shows, and what remove takes.
+	if code, out := w.command("add", "-R", "127.0.0.1:0:h:80", "h"); code != 0 {
+		t.Error(out)
+	}
+	at := w.list()[3].Listening[0]
+	if _, out := w.command("list"); !strings.Contains(out, "4   remote   "+at+" ") {
+		t.Errorf("%s is not in\n%s", at, out)
+	}
+	_, chosen, _ := net.SplitHostPort(at)
+	if code, out := w.command("remove", chosen); code != 0 || len(w.list()) != 3 {
+		t.Errorf("%d: %s", code, out)
 	}
 	// A new process of the plugin finds what was added.
 	kept, err := w.Master.Kept(t.Context(), nil)
@@ -713,7 +1013,7 @@ func TestCommands(t *testing.T) {
 		t.Errorf("%+v", w2.list())
 	}
 	// An ID is never given twice, and what is over ends.
-	if code, out := w2.command("add", "-L", spec, "h", "--for", "2s"); code != 0 || !strings.HasPrefix(out, "4: ") {
+	if code, out := w2.command("add", "-L", spec, "h", "--for", "2s"); code != 0 || !strings.HasPrefix(out, "5: ") {
 		t.Error(code, out)
 	}
 	until(t, "over", func() bool { return len(w2.list()) == 0 })
@@ -872,6 +1172,7 @@ func TestMany(t *testing.T) {
 		t.Errorf("%d of %d", good.Load(), many)
 	}
 	until(t, "counted", func() bool { s := w.list()[0]; return s.Total == many && s.In == 6*many && s.Connections == 0 })
+	w.emptied()
 }
 
 // All that the master expects of a plugin.

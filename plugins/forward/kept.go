@@ -3,9 +3,14 @@ package forward
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/muxproxy/muxproxy/core/plugin"
 )
 
 // maxAdded and maxText bound the forwards that commands add, and the texts of each, so that what is kept of them is below
@@ -32,31 +37,63 @@ type store struct {
 	Added   []kept `json:"added"`
 }
 
-// kept returns the forwards that were stored. What can't be read is lost, with a line in the log: it must not keep the
-// plugin from running.
-func (p *Plugin) kept(ctx context.Context) []kept {
+// restore starts the forwards that were stored, once. Without them nothing may be stored, since that would take their place: an
+// error means that they could not be had, and may be later.
+func (p *Plugin) restore(ctx context.Context) error {
+	select {
+	case p.keeping <- struct{}{}:
+		defer func() { <-p.keeping }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	p.mu.Lock()
-	host, log := p.host, p.log
+	host, log, restored := p.host, p.log, p.restored
 	p.mu.Unlock()
-	data, err := host.Kept(ctx)
-	if err != nil || len(data) == 0 {
-		if err != nil {
-			log.Error().Err(err).Msg("the forwards that were added before are lost")
-		}
+	if restored {
 		return nil
 	}
-	var s store
-	if err = json.Unmarshal(data, &s); err == nil && s.Version != 1 {
+	data, err := host.Kept(ctx)
+	if err != nil && !errors.Is(err, plugin.ErrDenied) { // what policy does not let it read it can't replace either
+		return fmt.Errorf("the forwards that were added before can't be read: %w", err)
+	}
+	s := stored(data, log)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.restored = true
+	p.lastID = max(p.lastID, s.Last)
+	p.restoreLocked(s.Added)
+	return nil
+}
+
+// restoreLater does the same until it goes well.
+func (p *Plugin) restoreLater() {
+	for pause := p.timing.first; ; pause = min(2*pause, p.timing.most) {
+		select {
+		case <-time.After(pause):
+		case <-p.ctx.Done():
+			return
+		}
+		if p.restore(p.ctx) == nil {
+			return
+		}
+	}
+}
+
+// stored reads what was kept. What has come through and can't be understood is lost, with a line in the log: it must not keep
+// the plugin from running.
+func stored(data []byte, log zerolog.Logger) (s store) {
+	if len(data) == 0 {
+		return store{}
+	}
+	err := json.Unmarshal(data, &s)
+	if err == nil && s.Version != 1 {
 		err = fmt.Errorf("they are of version %d", s.Version)
 	}
 	if err != nil {
 		log.Error().Err(err).Msg("the forwards that were added before are lost")
-		return nil
+		return store{}
 	}
-	p.mu.Lock()
-	p.lastID = max(p.lastID, s.Last)
-	p.mu.Unlock()
-	return s.Added
+	return s
 }
 
 // restoreLocked starts what was stored, but for what is over.
@@ -75,8 +112,12 @@ func (p *Plugin) restoreLocked(list []kept) {
 
 // keep stores the forwards that commands have added.
 func (p *Plugin) keep(ctx context.Context) error {
-	p.keeping <- struct{}{}
-	defer func() { <-p.keeping }()
+	select {
+	case p.keeping <- struct{}{}:
+		defer func() { <-p.keeping }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	p.mu.Lock()
 	host := p.host
 	s := store{Version: 1, Last: p.lastID, Added: []kept{}}

@@ -157,11 +157,14 @@ func (f *forward) accept(ctx context.Context, l net.Listener, serve func(context
 		}
 		pause = least
 		select {
-		case f.p.slots <- struct{}{}:
+		case f.slots <- struct{}{}:
 		case <-ctx.Done():
 			c.Close()
 			return
 		}
-		f.p.running.Go(func() { serve(ctx, c) })
+		f.p.running.Go(func() {
+			defer func() { <-f.slots }()
+			serve(ctx, c)
+		})
 	}
 }

@@ -1,15 +1,18 @@
 package forward
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -178,23 +181,27 @@ func TestFinder(t *testing.T) {
 // playClient connects to NETWORK ADDRESS and prints what comes back for "hi".
 func playClient(to string) {
 	network, address, _ := strings.Cut(to, " ")
+	fmt.Println(say(network, address))
+	os.Exit(0)
+}
+
+// say says what comes back for "hi".
+func say(network, address string) string {
 	c, err := net.DialTimeout(network, address, 20*time.Second)
-	if errors.Is(err, syscall.ECONNRESET) { // that fast
-		fmt.Println("cut off")
-		os.Exit(0)
+	switch {
+	case errors.Is(err, syscall.ECONNRESET): // that fast
+		return "cut off"
+	case err != nil:
+		return "no way: " + shorter(err).Error()
 	}
-	if err != nil {
-		fmt.Println("no way:", err)
-		os.Exit(0)
-	}
+	defer c.Close()
 	c.SetDeadline(time.Now().Add(20 * time.Second))
 	fmt.Fprint(c, "hi")
 	b := make([]byte, 2)
 	if _, err := io.ReadFull(c, b); err != nil {
-		b = []byte("cut off")
+		return "cut off"
 	}
-	fmt.Printf("%s\n", b)
-	os.Exit(0)
+	return string(b)
 }
 
 // Only this user's processes come in, unless policy says otherwise. Who may not is put into the audit log.
@@ -212,8 +219,9 @@ func TestUsers(t *testing.T) {
 	self, selfUnix := filepath.Join(dir, "self"), filepath.Join(dir, "any")
 	w.use(fmt.Sprintf(`{"local": [
 		{"address": "127.0.0.1:%d", "to": %q, "users": "self"}, {"address": "127.0.0.1:%d", "to": %q, "users": "any"},
-		{"address": %q, "to": %q, "users": "self"}, {"address": %q, "to": %q, "users": "any"}]}`,
-		free(t), to, free(t), to, self, to, selfUnix, to))
+		{"address": %q, "to": %q, "users": "self"}, {"address": %q, "to": %q, "users": "any"}],
+		"dynamic": [{"address": "127.0.0.1:%d", "users": "self"}]}`,
+		free(t), to, free(t), to, self, to, selfUnix, to, free(t)))
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -231,15 +239,22 @@ func TestUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.opened(0)
+	if code, out := w.command("add", "-L", fmt.Sprintf("127.0.0.1:%d:%s", free(t), to), "h"); code != 0 {
+		t.Fatal(out)
+	}
+	var at [6]string
+	for i, s := range w.list() {
+		at[i] = s.Listening[0]
+	}
 	try := func(i int, uid int) string {
 		t.Helper()
 		network := "tcp"
-		if i >= 2 {
+		if strings.HasPrefix(at[i], "/") {
 			network = "unix"
 		}
 		cmd := exec.Command(client)
 		cmd.Dir = "/"
-		cmd.Env = []string{"PLAY_CLIENT=" + network + " " + w.opened(i)}
+		cmd.Env = []string{"PLAY_CLIENT=" + network + " " + at[i]}
 		if uid != os.Geteuid() {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 		}
@@ -250,19 +265,24 @@ func TestUsers(t *testing.T) {
 		return strings.TrimSpace(string(out))
 	}
 	me := os.Geteuid()
-	for i := range 4 {
-		if got := try(i, me); got != "hi" {
+	for i := range at {
+		want := "hi"
+		if i == 0 {
+			want = "cut off" // it speaks no SOCKS
+		}
+		if got := try(i, me); got != want {
 			t.Errorf("own process, forward %d: %s", i, got)
 		}
 	}
+	w.recorded("refused ", 0)
 	other := me
 	if me == 0 {
 		other = 65534 // root can be somebody else
 	} else {
 		w.p.uid++ // everybody else can only be somebody else's plugin
 	}
-	for i, want := range []string{"cut off", "hi", "no way: dial unix " + self + ": connect: permission denied", "hi"} {
-		if i == 2 && me != 0 {
+	for i, want := range []string{"cut off", "cut off", "hi", "no way: permission denied", "hi", "cut off"} {
+		if i == 3 && me != 0 {
 			want = "cut off"
 		}
 		if got := try(i, other); got != want {
@@ -273,10 +293,130 @@ func TestUsers(t *testing.T) {
 	if err := os.Chmod(self, 0o666); err != nil {
 		t.Fatal(err)
 	}
-	if got := try(2, other); got != "cut off" {
+	if got := try(3, other); got != "cut off" {
 		t.Errorf("another user's process: %s", got)
 	}
-	w.recorded("refused u@test.example.com:22 local 127.0.0.1:", 1)
+	w.recorded("refused u@test.example.com:22 dynamic 127.0.0.1:", 1)
+	w.recorded("refused u@test.example.com:22 local 127.0.0.1:", 2) // of policy and of the command
+}
+
+// Another machine comes in only where gateway and users = "any" are said: a network of this test's own has one.
+func TestAnotherMachine(t *testing.T) {
+	if os.Getenv("PLAY_NETWORK") != "" {
+		inNetwork(t)
+		return
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, "-test.run=^TestAnotherMachine$", "-test.timeout=60s")
+	cmd.Env = append(os.Environ(), "PLAY_NETWORK=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if uid := os.Geteuid(); uid != 0 {
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
+	}
+	out, err := cmd.CombinedOutput()
+	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EACCES) {
+		t.Logf("this system lets nobody have a network of their own: %v", err) // such as a container
+		return
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+func inNetwork(t *testing.T) {
+	ip := func(args string) {
+		t.Helper()
+		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s (package iproute2): %v\n%s", args, err, out)
+		}
+	}
+	// The other machine is a process with a network of its own, which dials what it reads.
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	machine := exec.Command(exe)
+	machine.Env = append(os.Environ(), "PLAY_MACHINE=192.0.2.2/24")
+	machine.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	machine.Stderr = os.Stderr
+	in, err1 := machine.StdinPipe()
+	out, err2 := machine.StdoutPipe()
+	if err := errors.Join(err1, err2, machine.Start()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		if err := machine.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	ip("link set lo up")
+	ip("link add near type veth peer name far")
+	ip("address add 192.0.2.1/24 dev near")
+	ip("link set near up")
+	ip(fmt.Sprintf("link set far netns %d", machine.Process.Pid))
+	answers := bufio.NewScanner(out)
+	from := func(at string) string {
+		t.Helper()
+		fmt.Fprintln(in, at)
+		if !answers.Scan() {
+			t.Fatalf("the other machine ends: %v", answers.Err())
+		}
+		return answers.Text()
+	}
+
+	to := echo(t, "tcp", "127.0.0.1:0").Addr().String()
+	w := newWorld(t)
+	var port [4]int
+	for i := range port {
+		port[i] = free(t)
+	}
+	block := func(address, users string, gateway bool) string {
+		return fmt.Sprintf(`{"address": %q, "to": %q, "users": %q, "gateway": %v}`, address, to, users, gateway)
+	}
+	w.use(fmt.Sprintf(`{"local": [%s, %s, %s, %s]}`,
+		block(fmt.Sprintf("192.0.2.1:%d", port[0]), "any", true), block(fmt.Sprintf("*:%d", port[1]), "any", true),
+		block(fmt.Sprintf("192.0.2.1:%d", port[2]), "self", true), block(fmt.Sprint(port[3]), "any", false)))
+	w.opened(0)
+	for i, c := range []struct{ there, here string }{
+		{"hi", "hi"}, {"hi", "hi"}, {"cut off", "hi"}, {"no way: connection refused", "no way: connection refused"},
+	} {
+		at := fmt.Sprintf("192.0.2.1:%d", port[i])
+		if got := from(at); got != c.there {
+			t.Errorf("forward %d from another machine: %s, want %s", i, got, c.there)
+		}
+		if got := say("tcp", at); got != c.here {
+			t.Errorf("forward %d from this machine: %s, want %s", i, got, c.here)
+		}
+	}
+	w.recorded(fmt.Sprintf("refused u@test.example.com:22 local 192.0.2.1:%d to %s, from 192.0.2.2:", port[2], to), 1)
+}
+
+// playMachine has the interface "far", as soon as that comes, and tells what each address that it reads says to "hi".
+func playMachine(address string) {
+	up := func() error {
+		for _, args := range [][]string{{"address", "add", address, "dev", "far"}, {"link", "set", "far", "up"}} {
+			if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+				return fmt.Errorf("ip %q: %w: %s", args, err, out)
+			}
+		}
+		return nil
+	}
+	lines := bufio.NewScanner(os.Stdin)
+	for first := true; lines.Scan(); first = false {
+		if first {
+			if err := up(); err != nil {
+				fmt.Println(err)
+				os.Exit(1)
+			}
+		}
+		fmt.Println(say("tcp", lines.Text()))
+	}
+	os.Exit(0)
 }
 
 // Out of descriptors, a listener waits for better times.
@@ -285,9 +425,6 @@ func TestDescriptors(t *testing.T) {
 	w := newWorld(t)
 	w.use(fmt.Sprintf(`{"local": [{"address": "127.0.0.1:%d", "to": %q, "users": "self"}]}`, free(t), to))
 	at := w.opened(0)
-	if got := talk(t, dial(t, "tcp", at), "before"); got != "before" {
-		t.Fatalf("%q", got)
-	}
 	var was unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
 		t.Fatal(err)
@@ -300,23 +437,42 @@ func TestDescriptors(t *testing.T) {
 	restore := func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &was) }
 	defer restore()
 	var hoard []*os.File
-	for {
-		f, err := os.Open("/dev/null")
-		if err != nil {
-			break
-		}
-		hoard = append(hoard, f)
-	}
-	hoard[0].Close() // for this client's own socket
-	c := dial(t, "tcp", at)
-	fmt.Fprint(c, "after")
 	f := w.p.all()[0]
+	var c net.Conn
+	// Others may free some meanwhile: then it is accepted, and refused for want of one to look whose it is. Again.
 	until(t, "accept fails", func() bool {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		return len(f.told) > 0
+		for {
+			h, err := os.Open("/dev/null")
+			if err != nil {
+				break
+			}
+			hoard = append(hoard, h)
+		}
+		hoard[0].Close() // for this client's own socket
+		hoard = hoard[1:]
+		var err error
+		if c, err = net.Dial("tcp", at); err != nil {
+			return false
+		}
+		fmt.Fprint(c, "after")
+		for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			f.mu.Lock()
+			told := slices.Collect(maps.Keys(f.told))
+			clear(f.told)
+			f.mu.Unlock()
+			if len(told) > 0 {
+				if strings.HasPrefix(told[0], "can't accept") {
+					return true
+				}
+				break
+			}
+		}
+		c.Close()
+		return false
 	})
-	for _, h := range hoard[1:] {
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(20 * time.Second))
+	for _, h := range hoard {
 		h.Close()
 	}
 	if !readIs(c, make([]byte, 5), "after") {

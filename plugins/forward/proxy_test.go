@@ -17,11 +17,12 @@ import (
 // said plays a client that has said something, and keeps what it is told.
 type said struct {
 	io.Reader
-	told bytes.Buffer
+	told      bytes.Buffer
+	deadlines []time.Time
 }
 
 func (s *said) Write(b []byte) (int, error)      { return s.told.Write(b) }
-func (s *said) SetDeadline(time.Time) error      { return nil }
+func (s *said) SetDeadline(at time.Time) error   { s.deadlines = append(s.deadlines, at); return nil }
 func (s *said) Close() error                     { return nil }
 func (s *said) LocalAddr() net.Addr              { return nil }
 func (s *said) RemoteAddr() net.Addr             { return nil }
@@ -95,6 +96,9 @@ func TestNegotiate(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := &said{Reader: strings.NewReader(c.say)}
 			r, err := negotiate(s)
+			if ds := s.deadlines; len(ds) != 2 || time.Until(ds[0]) < handshakeTime-10*time.Second || time.Until(ds[0]) > handshakeTime || !ds[1].IsZero() {
+				t.Errorf("deadlines %v", ds)
+			}
 			told := s.told.String()
 			if (err == nil) != (c.to != "") || r.to != c.to || string(r.data) != c.data {
 				t.Fatalf("to %q, data %q, %v", r.to, r.data, err)

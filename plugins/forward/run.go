@@ -40,6 +40,7 @@ type forward struct {
 	again  chan struct{} // has an element if policy or the world may have changed
 	ended  chan struct{} // closed when run has returned
 	tried  chan struct{} // closed when it has been open or failed for the first time
+	slots  chan struct{} // has an element per connection that has no stream yet
 	timer  *time.Timer   // of until; nil: none
 
 	mu        sync.Mutex // guards what follows
@@ -58,6 +59,7 @@ type forward struct {
 
 func (f *forward) init() {
 	f.again, f.ended, f.tried = make(chan struct{}, 1), make(chan struct{}), make(chan struct{})
+	f.slots = make(chan struct{}, maxWaiting)
 	f.state = starting
 	f.transfers, f.told = map[*plugin.Transfer]struct{}{}, map[string]time.Time{}
 	if !f.until.IsZero() {
@@ -182,9 +184,9 @@ func (f *forward) hold(ctx context.Context) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx) // what is on its way to a stream ends with the forward
-	defer cancel()
 	var accepting sync.WaitGroup
 	defer accepting.Wait()
+	defer cancel() // before it is waited for: who waits for a slot gives up
 	lost := make(chan error, 1)
 	if f.spec.kind == remote {
 		l, err := f.listenRemote(ctx)
@@ -333,7 +335,6 @@ func (f *forward) admit(ctx context.Context, c net.Conn) (pid int, err error) {
 
 // serve brings a connection to a dynamic or local forward to its stream.
 func (f *forward) serve(ctx context.Context, c net.Conn) {
-	defer func() { <-f.p.slots }()
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 	pid, err := f.admit(ctx, c)
@@ -465,32 +466,40 @@ func (f *forward) acceptRemote(ctx context.Context, l *plugin.Listener) error {
 			return fmt.Errorf("%s listens on %s no more: %w", f.host, f.spec.listen, err)
 		}
 		select {
-		case f.p.slots <- struct{}{}:
+		case f.slots <- struct{}{}:
 			f.p.running.Go(func() {
-				defer func() { <-f.p.slots }()
+				defer func() { <-f.slots }()
 				f.serveRemote(ctx, o)
 			})
 		default: // it would be too old when its turn comes
+			refuse(ctx, o)
 			f.trouble("from "+f.host, errors.New("too many connections at once"))
 		}
 	}
 }
 
-// serveRemote brings a connection from the server to what the forward leads to here.
-func (f *forward) serveRemote(ctx context.Context, o *plugin.Offer) {
+// refuse closes a stream from the server that nobody takes.
+func refuse(ctx context.Context, o *plugin.Offer) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
 	defer cancel()
+	o.Refuse(ctx)
+}
+
+// serveRemote brings a connection from the server to what the forward leads to here.
+func (f *forward) serveRemote(ctx context.Context, o *plugin.Offer) {
 	if f.spec.to == (endpoint{}) {
 		f.serveProxy(ctx, o)
 		return
 	}
-	c, err := dialHere(ctx, f.spec.to.network(), f.spec.to.address())
+	c, err := reach(ctx, o, f.spec.to.network(), f.spec.to.address())
 	if err != nil {
-		o.Refuse(ctx)
+		refuse(ctx, o)
 		f.trouble("to "+f.spec.to.String(), err)
 		return
 	}
-	t, err := o.HandOver(ctx, c.(syscall.Conn))
+	limited, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	t, err := o.HandOver(limited, c.(syscall.Conn))
 	c.Close()
 	if err != nil {
 		f.trouble("to "+f.spec.to.String(), err)
@@ -499,15 +508,28 @@ func (f *forward) serveRemote(ctx context.Context, o *plugin.Offer) {
 	f.carry(t)
 }
 
+// reach connects to something as this machine sees it, if a stream from the server may lead there: policy decides, and a
+// person may have to.
+func reach(ctx context.Context, o *plugin.Offer, network, address string) (net.Conn, error) {
+	limited, cancel := context.WithTimeout(ctx, dialTime)
+	defer cancel()
+	if err := o.Permit(limited, network, address); err != nil {
+		return nil, err
+	}
+	return dialHere(ctx, network, address)
+}
+
 // serveProxy is SOCKS or HTTP CONNECT from the server's side. What it leads to is known only when the stream is open here,
 // so its bytes cross the plugin, and it ends with it.
 func (f *forward) serveProxy(ctx context.Context, o *plugin.Offer) {
-	s, err := o.Stream(ctx)
+	limited, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	s, err := o.Stream(limited)
 	if err != nil {
 		f.trouble("from "+f.host, err)
 		return
 	}
-	c, data, err := meet(ctx, s)
+	c, data, err := meet(ctx, o, s)
 	if err != nil {
 		s.Close()
 		f.trouble("from "+f.host, err)
@@ -525,15 +547,21 @@ func (f *forward) serveProxy(ctx context.Context, o *plugin.Offer) {
 }
 
 // meet reads where a stream wants to go, and connects to that. The stream stays the caller's.
-func meet(ctx context.Context, s *plugin.Stream) (c *net.TCPConn, data []byte, err error) {
+func meet(ctx context.Context, o *plugin.Offer, s *plugin.Stream) (c *net.TCPConn, data []byte, err error) {
 	defer context.AfterFunc(ctx, func() { s.Close() })()
 	r, err := negotiate(s)
 	if err != nil {
 		return nil, nil, err
 	}
-	conn, err := dialHere(ctx, "tcp", r.to)
+	conn, err := reach(ctx, o, "tcp", r.to)
+	s.SetWriteDeadline(time.Now().Add(handshakeTime))
+	defer s.SetWriteDeadline(time.Time{})
 	if err != nil {
-		_ = r.answer(s, &plugin.RefusedError{Reason: 2, Message: err.Error()})
+		told := err
+		if !errors.Is(err, plugin.ErrDenied) && !timedOut(err) {
+			told = &plugin.RefusedError{Reason: 2, Message: err.Error()} // RFC 4254 section 5.1: connect failed
+		}
+		_ = r.answer(s, told)
 		return nil, nil, fmt.Errorf("to %s: %w", r.to, err)
 	}
 	if err := r.answer(s, nil); err != nil {
@@ -550,12 +578,15 @@ func (p *Plugin) join(here *net.TCPConn, stream *net.UnixConn, data []byte) (in,
 		here.Close()
 		stream.Close()
 	}
+	cut := func() { // what is not complete must not look so
+		reset(here)
+		closeBoth()
+	}
 	defer closeBoth()
-	defer context.AfterFunc(p.ctx, closeBoth)()
+	defer context.AfterFunc(p.ctx, cut)()
 	end := func(err error, to interface{ CloseWrite() error }) {
 		if err != nil {
-			reset(here)
-			closeBoth()
+			cut()
 			return
 		}
 		_ = to.CloseWrite() // fails if it is closed already

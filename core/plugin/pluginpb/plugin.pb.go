@@ -241,7 +241,7 @@ func (x AskResponse_Answer) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use AskResponse_Answer.Descriptor instead.
 func (AskResponse_Answer) EnumDescriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45, 0}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47, 0}
 }
 
 type DescribeRequest struct {
@@ -2904,6 +2904,102 @@ func (x *Accepted) GetOrigin() string {
 	return ""
 }
 
+type PermitRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ticket        *Ticket                `protobuf:"bytes,1,opt,name=ticket,proto3" json:"ticket,omitempty"`   // of Accepted; it may be spent already, and the stream has not ended
+	Network       string                 `protobuf:"bytes,2,opt,name=network,proto3" json:"network,omitempty"` // "tcp" or "unix"
+	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"` // host:port or a path
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PermitRequest) Reset() {
+	*x = PermitRequest{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PermitRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PermitRequest) ProtoMessage() {}
+
+func (x *PermitRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PermitRequest.ProtoReflect.Descriptor instead.
+func (*PermitRequest) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *PermitRequest) GetTicket() *Ticket {
+	if x != nil {
+		return x.Ticket
+	}
+	return nil
+}
+
+func (x *PermitRequest) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+func (x *PermitRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+type PermitResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PermitResponse) Reset() {
+	*x = PermitResponse{}
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PermitResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PermitResponse) ProtoMessage() {}
+
+func (x *PermitResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PermitResponse.ProtoReflect.Descriptor instead.
+func (*PermitResponse) Descriptor() ([]byte, []int) {
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
+}
+
 type DecideRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // of AuthorizeRequest
@@ -2914,7 +3010,7 @@ type DecideRequest struct {
 
 func (x *DecideRequest) Reset() {
 	*x = DecideRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2926,7 +3022,7 @@ func (x *DecideRequest) String() string {
 func (*DecideRequest) ProtoMessage() {}
 
 func (x *DecideRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[42]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2939,7 +3035,7 @@ func (x *DecideRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideRequest.ProtoReflect.Descriptor instead.
 func (*DecideRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{42}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DecideRequest) GetId() string {
@@ -2964,7 +3060,7 @@ type DecideResponse struct {
 
 func (x *DecideResponse) Reset() {
 	*x = DecideResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2976,7 +3072,7 @@ func (x *DecideResponse) String() string {
 func (*DecideResponse) ProtoMessage() {}
 
 func (x *DecideResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[43]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2989,7 +3085,7 @@ func (x *DecideResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecideResponse.ProtoReflect.Descriptor instead.
 func (*DecideResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{43}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
 }
 
 type AskRequest struct {
@@ -3002,7 +3098,7 @@ type AskRequest struct {
 
 func (x *AskRequest) Reset() {
 	*x = AskRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3014,7 +3110,7 @@ func (x *AskRequest) String() string {
 func (*AskRequest) ProtoMessage() {}
 
 func (x *AskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[44]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3027,7 +3123,7 @@ func (x *AskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskRequest.ProtoReflect.Descriptor instead.
 func (*AskRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{44}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AskRequest) GetId() string {
@@ -3053,7 +3149,7 @@ type AskResponse struct {
 
 func (x *AskResponse) Reset() {
 	*x = AskResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3065,7 +3161,7 @@ func (x *AskResponse) String() string {
 func (*AskResponse) ProtoMessage() {}
 
 func (x *AskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[45]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3078,7 +3174,7 @@ func (x *AskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskResponse.ProtoReflect.Descriptor instead.
 func (*AskResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{45}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AskResponse) GetAnswer() AskResponse_Answer {
@@ -3098,7 +3194,7 @@ type NotifyRequest struct {
 
 func (x *NotifyRequest) Reset() {
 	*x = NotifyRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3110,7 +3206,7 @@ func (x *NotifyRequest) String() string {
 func (*NotifyRequest) ProtoMessage() {}
 
 func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[46]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3123,7 +3219,7 @@ func (x *NotifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyRequest.ProtoReflect.Descriptor instead.
 func (*NotifyRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{46}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NotifyRequest) GetConnection() uint64 {
@@ -3148,7 +3244,7 @@ type NotifyResponse struct {
 
 func (x *NotifyResponse) Reset() {
 	*x = NotifyResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3160,7 +3256,7 @@ func (x *NotifyResponse) String() string {
 func (*NotifyResponse) ProtoMessage() {}
 
 func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[47]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3173,7 +3269,7 @@ func (x *NotifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotifyResponse.ProtoReflect.Descriptor instead.
 func (*NotifyResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{47}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{49}
 }
 
 type KeepRequest struct {
@@ -3185,7 +3281,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3197,7 +3293,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[48]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3210,7 +3306,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{48}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *KeepRequest) GetData() []byte {
@@ -3228,7 +3324,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3240,7 +3336,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[49]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3253,7 +3349,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{49}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{51}
 }
 
 type KeptRequest struct {
@@ -3264,7 +3360,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3276,7 +3372,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[50]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3289,7 +3385,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{50}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{52}
 }
 
 type KeptResponse struct {
@@ -3301,7 +3397,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3313,7 +3409,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[51]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3326,7 +3422,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{51}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *KeptResponse) GetData() []byte {
@@ -3347,7 +3443,7 @@ type RecordRequest struct {
 
 func (x *RecordRequest) Reset() {
 	*x = RecordRequest{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[52]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3359,7 +3455,7 @@ func (x *RecordRequest) String() string {
 func (*RecordRequest) ProtoMessage() {}
 
 func (x *RecordRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[52]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3372,7 +3468,7 @@ func (x *RecordRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordRequest.ProtoReflect.Descriptor instead.
 func (*RecordRequest) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{52}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RecordRequest) GetEvent() string {
@@ -3404,7 +3500,7 @@ type RecordResponse struct {
 
 func (x *RecordResponse) Reset() {
 	*x = RecordResponse{}
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[53]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3416,7 +3512,7 @@ func (x *RecordResponse) String() string {
 func (*RecordResponse) ProtoMessage() {}
 
 func (x *RecordResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[53]
+	mi := &file_core_plugin_pluginpb_plugin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3429,7 +3525,7 @@ func (x *RecordResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordResponse.ProtoReflect.Descriptor instead.
 func (*RecordResponse) Descriptor() ([]byte, []int) {
-	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{53}
+	return file_core_plugin_pluginpb_plugin_proto_rawDescGZIP(), []int{55}
 }
 
 var File_core_plugin_pluginpb_plugin_proto protoreflect.FileDescriptor
@@ -3643,7 +3739,12 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x05event\"V\n" +
 	"\bAccepted\x122\n" +
 	"\x06ticket\x18\x01 \x01(\v2\x1a.muxproxy.plugin.v1.TicketR\x06ticket\x12\x16\n" +
-	"\x06origin\x18\x02 \x01(\tR\x06origin\"Y\n" +
+	"\x06origin\x18\x02 \x01(\tR\x06origin\"w\n" +
+	"\rPermitRequest\x122\n" +
+	"\x06ticket\x18\x01 \x01(\v2\x1a.muxproxy.plugin.v1.TicketR\x06ticket\x12\x18\n" +
+	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x18\n" +
+	"\aaddress\x18\x03 \x01(\tR\aaddress\"\x10\n" +
+	"\x0ePermitResponse\"Y\n" +
 	"\rDecideRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x128\n" +
 	"\bdecision\x18\x02 \x01(\v2\x1c.muxproxy.plugin.v1.DecisionR\bdecision\"\x10\n" +
@@ -3683,7 +3784,7 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\tAuthorize\x12$.muxproxy.plugin.v1.AuthorizeRequest\x1a%.muxproxy.plugin.v1.AuthorizeResponse0\x01\x12O\n" +
 	"\x06Retain\x12!.muxproxy.plugin.v1.RetainRequest\x1a\".muxproxy.plugin.v1.RetainResponse\x12K\n" +
 	"\aObserve\x12\x19.muxproxy.plugin.v1.Event\x1a#.muxproxy.plugin.v1.ObserveResponse(\x01\x12T\n" +
-	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\x99\b\n" +
+	"\aCommand\x12\".muxproxy.plugin.v1.CommandRequest\x1a#.muxproxy.plugin.v1.CommandResponse0\x012\xea\b\n" +
 	"\x04Host\x12^\n" +
 	"\vConnections\x12&.muxproxy.plugin.v1.ConnectionsRequest\x1a'.muxproxy.plugin.v1.ConnectionsResponse\x12R\n" +
 	"\aConnect\x12\".muxproxy.plugin.v1.ConnectRequest\x1a#.muxproxy.plugin.v1.ConnectResponse\x12R\n" +
@@ -3692,6 +3793,7 @@ const file_core_plugin_pluginpb_plugin_proto_rawDesc = "" +
 	"\x05Drain\x12 .muxproxy.plugin.v1.DrainRequest\x1a!.muxproxy.plugin.v1.DrainResponse\x12I\n" +
 	"\x04Dial\x12\x1f.muxproxy.plugin.v1.DialRequest\x1a .muxproxy.plugin.v1.DialResponse\x12Q\n" +
 	"\x06Listen\x12!.muxproxy.plugin.v1.ListenRequest\x1a\".muxproxy.plugin.v1.ListenResponse0\x01\x12O\n" +
+	"\x06Permit\x12!.muxproxy.plugin.v1.PermitRequest\x1a\".muxproxy.plugin.v1.PermitResponse\x12O\n" +
 	"\x06Decide\x12!.muxproxy.plugin.v1.DecideRequest\x1a\".muxproxy.plugin.v1.DecideResponse\x12F\n" +
 	"\x03Ask\x12\x1e.muxproxy.plugin.v1.AskRequest\x1a\x1f.muxproxy.plugin.v1.AskResponse\x12O\n" +
 	"\x06Notify\x12!.muxproxy.plugin.v1.NotifyRequest\x1a\".muxproxy.plugin.v1.NotifyResponse\x12I\n" +
@@ -3712,7 +3814,7 @@ func file_core_plugin_pluginpb_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_core_plugin_pluginpb_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_core_plugin_pluginpb_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(Block_Kind)(0),               // 0: muxproxy.plugin.v1.Block.Kind
 	(Diagnostic_Severity)(0),      // 1: muxproxy.plugin.v1.Diagnostic.Severity
@@ -3760,19 +3862,21 @@ var file_core_plugin_pluginpb_plugin_proto_goTypes = []any{
 	(*ListenRequest)(nil),         // 43: muxproxy.plugin.v1.ListenRequest
 	(*ListenResponse)(nil),        // 44: muxproxy.plugin.v1.ListenResponse
 	(*Accepted)(nil),              // 45: muxproxy.plugin.v1.Accepted
-	(*DecideRequest)(nil),         // 46: muxproxy.plugin.v1.DecideRequest
-	(*DecideResponse)(nil),        // 47: muxproxy.plugin.v1.DecideResponse
-	(*AskRequest)(nil),            // 48: muxproxy.plugin.v1.AskRequest
-	(*AskResponse)(nil),           // 49: muxproxy.plugin.v1.AskResponse
-	(*NotifyRequest)(nil),         // 50: muxproxy.plugin.v1.NotifyRequest
-	(*NotifyResponse)(nil),        // 51: muxproxy.plugin.v1.NotifyResponse
-	(*KeepRequest)(nil),           // 52: muxproxy.plugin.v1.KeepRequest
-	(*KeepResponse)(nil),          // 53: muxproxy.plugin.v1.KeepResponse
-	(*KeptRequest)(nil),           // 54: muxproxy.plugin.v1.KeptRequest
-	(*KeptResponse)(nil),          // 55: muxproxy.plugin.v1.KeptResponse
-	(*RecordRequest)(nil),         // 56: muxproxy.plugin.v1.RecordRequest
-	(*RecordResponse)(nil),        // 57: muxproxy.plugin.v1.RecordResponse
-	(*timestamppb.Timestamp)(nil), // 58: google.protobuf.Timestamp
+	(*PermitRequest)(nil),         // 46: muxproxy.plugin.v1.PermitRequest
+	(*PermitResponse)(nil),        // 47: muxproxy.plugin.v1.PermitResponse
+	(*DecideRequest)(nil),         // 48: muxproxy.plugin.v1.DecideRequest
+	(*DecideResponse)(nil),        // 49: muxproxy.plugin.v1.DecideResponse
+	(*AskRequest)(nil),            // 50: muxproxy.plugin.v1.AskRequest
+	(*AskResponse)(nil),           // 51: muxproxy.plugin.v1.AskResponse
+	(*NotifyRequest)(nil),         // 52: muxproxy.plugin.v1.NotifyRequest
+	(*NotifyResponse)(nil),        // 53: muxproxy.plugin.v1.NotifyResponse
+	(*KeepRequest)(nil),           // 54: muxproxy.plugin.v1.KeepRequest
+	(*KeepResponse)(nil),          // 55: muxproxy.plugin.v1.KeepResponse
+	(*KeptRequest)(nil),           // 56: muxproxy.plugin.v1.KeptRequest
+	(*KeptResponse)(nil),          // 57: muxproxy.plugin.v1.KeptResponse
+	(*RecordRequest)(nil),         // 58: muxproxy.plugin.v1.RecordRequest
+	(*RecordResponse)(nil),        // 59: muxproxy.plugin.v1.RecordResponse
+	(*timestamppb.Timestamp)(nil), // 60: google.protobuf.Timestamp
 }
 var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	7,  // 0: muxproxy.plugin.v1.DescribeResponse.plugin:type_name -> muxproxy.plugin.v1.Schema
@@ -3793,11 +3897,11 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	21, // 15: muxproxy.plugin.v1.AuthorizeResponse.decision:type_name -> muxproxy.plugin.v1.Decision
 	2,  // 16: muxproxy.plugin.v1.Decision.verdict:type_name -> muxproxy.plugin.v1.Decision.Verdict
 	15, // 17: muxproxy.plugin.v1.Connection.target:type_name -> muxproxy.plugin.v1.Target
-	58, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
+	60, // 18: muxproxy.plugin.v1.Connection.since:type_name -> google.protobuf.Timestamp
 	22, // 19: muxproxy.plugin.v1.RetainRequest.connection:type_name -> muxproxy.plugin.v1.Connection
-	58, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
-	58, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
-	58, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
+	60, // 20: muxproxy.plugin.v1.RetainRequest.idle_since:type_name -> google.protobuf.Timestamp
+	60, // 21: muxproxy.plugin.v1.RetainResponse.until:type_name -> google.protobuf.Timestamp
+	60, // 22: muxproxy.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
 	17, // 23: muxproxy.plugin.v1.Event.use:type_name -> muxproxy.plugin.v1.Use
 	22, // 24: muxproxy.plugin.v1.Event.connection:type_name -> muxproxy.plugin.v1.Connection
 	22, // 25: muxproxy.plugin.v1.ConnectionsResponse.connections:type_name -> muxproxy.plugin.v1.Connection
@@ -3807,53 +3911,56 @@ var file_core_plugin_pluginpb_plugin_proto_depIdxs = []int32{
 	42, // 29: muxproxy.plugin.v1.DialResponse.refusal:type_name -> muxproxy.plugin.v1.Refusal
 	45, // 30: muxproxy.plugin.v1.ListenResponse.accepted:type_name -> muxproxy.plugin.v1.Accepted
 	41, // 31: muxproxy.plugin.v1.Accepted.ticket:type_name -> muxproxy.plugin.v1.Ticket
-	21, // 32: muxproxy.plugin.v1.DecideRequest.decision:type_name -> muxproxy.plugin.v1.Decision
-	3,  // 33: muxproxy.plugin.v1.AskResponse.answer:type_name -> muxproxy.plugin.v1.AskResponse.Answer
-	4,  // 34: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
-	10, // 35: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
-	10, // 36: muxproxy.plugin.v1.Plugin.Check:input_type -> muxproxy.plugin.v1.ConfigureRequest
-	18, // 37: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
-	23, // 38: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
-	25, // 39: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
-	27, // 40: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
-	29, // 41: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
-	31, // 42: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
-	33, // 43: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
-	35, // 44: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
-	37, // 45: muxproxy.plugin.v1.Host.Drain:input_type -> muxproxy.plugin.v1.DrainRequest
-	39, // 46: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
-	43, // 47: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
-	46, // 48: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
-	48, // 49: muxproxy.plugin.v1.Host.Ask:input_type -> muxproxy.plugin.v1.AskRequest
-	50, // 50: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
-	52, // 51: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
-	54, // 52: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
-	56, // 53: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
-	5,  // 54: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
-	12, // 55: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
-	12, // 56: muxproxy.plugin.v1.Plugin.Check:output_type -> muxproxy.plugin.v1.ConfigureResponse
-	19, // 57: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
-	24, // 58: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
-	26, // 59: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
-	28, // 60: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
-	30, // 61: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
-	32, // 62: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
-	34, // 63: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
-	36, // 64: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
-	38, // 65: muxproxy.plugin.v1.Host.Drain:output_type -> muxproxy.plugin.v1.DrainResponse
-	40, // 66: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
-	44, // 67: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
-	47, // 68: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
-	49, // 69: muxproxy.plugin.v1.Host.Ask:output_type -> muxproxy.plugin.v1.AskResponse
-	51, // 70: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
-	53, // 71: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
-	55, // 72: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
-	57, // 73: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
-	54, // [54:74] is the sub-list for method output_type
-	34, // [34:54] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	41, // 32: muxproxy.plugin.v1.PermitRequest.ticket:type_name -> muxproxy.plugin.v1.Ticket
+	21, // 33: muxproxy.plugin.v1.DecideRequest.decision:type_name -> muxproxy.plugin.v1.Decision
+	3,  // 34: muxproxy.plugin.v1.AskResponse.answer:type_name -> muxproxy.plugin.v1.AskResponse.Answer
+	4,  // 35: muxproxy.plugin.v1.Plugin.Describe:input_type -> muxproxy.plugin.v1.DescribeRequest
+	10, // 36: muxproxy.plugin.v1.Plugin.Configure:input_type -> muxproxy.plugin.v1.ConfigureRequest
+	10, // 37: muxproxy.plugin.v1.Plugin.Check:input_type -> muxproxy.plugin.v1.ConfigureRequest
+	18, // 38: muxproxy.plugin.v1.Plugin.Authorize:input_type -> muxproxy.plugin.v1.AuthorizeRequest
+	23, // 39: muxproxy.plugin.v1.Plugin.Retain:input_type -> muxproxy.plugin.v1.RetainRequest
+	25, // 40: muxproxy.plugin.v1.Plugin.Observe:input_type -> muxproxy.plugin.v1.Event
+	27, // 41: muxproxy.plugin.v1.Plugin.Command:input_type -> muxproxy.plugin.v1.CommandRequest
+	29, // 42: muxproxy.plugin.v1.Host.Connections:input_type -> muxproxy.plugin.v1.ConnectionsRequest
+	31, // 43: muxproxy.plugin.v1.Host.Connect:input_type -> muxproxy.plugin.v1.ConnectRequest
+	33, // 44: muxproxy.plugin.v1.Host.Resolve:input_type -> muxproxy.plugin.v1.ResolveRequest
+	35, // 45: muxproxy.plugin.v1.Host.Close:input_type -> muxproxy.plugin.v1.CloseRequest
+	37, // 46: muxproxy.plugin.v1.Host.Drain:input_type -> muxproxy.plugin.v1.DrainRequest
+	39, // 47: muxproxy.plugin.v1.Host.Dial:input_type -> muxproxy.plugin.v1.DialRequest
+	43, // 48: muxproxy.plugin.v1.Host.Listen:input_type -> muxproxy.plugin.v1.ListenRequest
+	46, // 49: muxproxy.plugin.v1.Host.Permit:input_type -> muxproxy.plugin.v1.PermitRequest
+	48, // 50: muxproxy.plugin.v1.Host.Decide:input_type -> muxproxy.plugin.v1.DecideRequest
+	50, // 51: muxproxy.plugin.v1.Host.Ask:input_type -> muxproxy.plugin.v1.AskRequest
+	52, // 52: muxproxy.plugin.v1.Host.Notify:input_type -> muxproxy.plugin.v1.NotifyRequest
+	54, // 53: muxproxy.plugin.v1.Host.Keep:input_type -> muxproxy.plugin.v1.KeepRequest
+	56, // 54: muxproxy.plugin.v1.Host.Kept:input_type -> muxproxy.plugin.v1.KeptRequest
+	58, // 55: muxproxy.plugin.v1.Host.Record:input_type -> muxproxy.plugin.v1.RecordRequest
+	5,  // 56: muxproxy.plugin.v1.Plugin.Describe:output_type -> muxproxy.plugin.v1.DescribeResponse
+	12, // 57: muxproxy.plugin.v1.Plugin.Configure:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	12, // 58: muxproxy.plugin.v1.Plugin.Check:output_type -> muxproxy.plugin.v1.ConfigureResponse
+	19, // 59: muxproxy.plugin.v1.Plugin.Authorize:output_type -> muxproxy.plugin.v1.AuthorizeResponse
+	24, // 60: muxproxy.plugin.v1.Plugin.Retain:output_type -> muxproxy.plugin.v1.RetainResponse
+	26, // 61: muxproxy.plugin.v1.Plugin.Observe:output_type -> muxproxy.plugin.v1.ObserveResponse
+	28, // 62: muxproxy.plugin.v1.Plugin.Command:output_type -> muxproxy.plugin.v1.CommandResponse
+	30, // 63: muxproxy.plugin.v1.Host.Connections:output_type -> muxproxy.plugin.v1.ConnectionsResponse
+	32, // 64: muxproxy.plugin.v1.Host.Connect:output_type -> muxproxy.plugin.v1.ConnectResponse
+	34, // 65: muxproxy.plugin.v1.Host.Resolve:output_type -> muxproxy.plugin.v1.ResolveResponse
+	36, // 66: muxproxy.plugin.v1.Host.Close:output_type -> muxproxy.plugin.v1.CloseResponse
+	38, // 67: muxproxy.plugin.v1.Host.Drain:output_type -> muxproxy.plugin.v1.DrainResponse
+	40, // 68: muxproxy.plugin.v1.Host.Dial:output_type -> muxproxy.plugin.v1.DialResponse
+	44, // 69: muxproxy.plugin.v1.Host.Listen:output_type -> muxproxy.plugin.v1.ListenResponse
+	47, // 70: muxproxy.plugin.v1.Host.Permit:output_type -> muxproxy.plugin.v1.PermitResponse
+	49, // 71: muxproxy.plugin.v1.Host.Decide:output_type -> muxproxy.plugin.v1.DecideResponse
+	51, // 72: muxproxy.plugin.v1.Host.Ask:output_type -> muxproxy.plugin.v1.AskResponse
+	53, // 73: muxproxy.plugin.v1.Host.Notify:output_type -> muxproxy.plugin.v1.NotifyResponse
+	55, // 74: muxproxy.plugin.v1.Host.Keep:output_type -> muxproxy.plugin.v1.KeepResponse
+	57, // 75: muxproxy.plugin.v1.Host.Kept:output_type -> muxproxy.plugin.v1.KeptResponse
+	59, // 76: muxproxy.plugin.v1.Host.Record:output_type -> muxproxy.plugin.v1.RecordResponse
+	56, // [56:77] is the sub-list for method output_type
+	35, // [35:56] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_core_plugin_pluginpb_plugin_proto_init() }
@@ -3885,7 +3992,7 @@ func file_core_plugin_pluginpb_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_core_plugin_pluginpb_plugin_proto_rawDesc), len(file_core_plugin_pluginpb_plugin_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   54,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -401,6 +401,7 @@ const (
 	Host_Drain_FullMethodName       = "/muxproxy.plugin.v1.Host/Drain"
 	Host_Dial_FullMethodName        = "/muxproxy.plugin.v1.Host/Dial"
 	Host_Listen_FullMethodName      = "/muxproxy.plugin.v1.Host/Listen"
+	Host_Permit_FullMethodName      = "/muxproxy.plugin.v1.Host/Permit"
 	Host_Decide_FullMethodName      = "/muxproxy.plugin.v1.Host/Decide"
 	Host_Ask_FullMethodName         = "/muxproxy.plugin.v1.Host/Ask"
 	Host_Notify_FullMethodName      = "/muxproxy.plugin.v1.Host/Notify"
@@ -428,6 +429,9 @@ type HostClient interface {
 	Dial(ctx context.Context, in *DialRequest, opts ...grpc.CallOption) (*DialResponse, error)
 	// Listen accepts on the remote host until the call ends. The first answer is the address.
 	Listen(ctx context.Context, in *ListenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListenResponse], error)
+	// Permit asks whether a stream that Listen has accepted may lead to an address as this machine sees it, before the plugin
+	// connects to that. The gate decides, and may ask a person: the ticket's time stands still meanwhile.
+	Permit(ctx context.Context, in *PermitRequest, opts ...grpc.CallOption) (*PermitResponse, error)
 	// Decide answers one of the plugin's own pending uses.
 	Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error)
 	// Ask puts a question to the person at the client of one of the plugin's own pending uses. Its ssh does the asking, and
@@ -528,6 +532,16 @@ func (c *hostClient) Listen(ctx context.Context, in *ListenRequest, opts ...grpc
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Host_ListenClient = grpc.ServerStreamingClient[ListenResponse]
 
+func (c *hostClient) Permit(ctx context.Context, in *PermitRequest, opts ...grpc.CallOption) (*PermitResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PermitResponse)
+	err := c.cc.Invoke(ctx, Host_Permit_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hostClient) Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DecideResponse)
@@ -607,6 +621,9 @@ type HostServer interface {
 	Dial(context.Context, *DialRequest) (*DialResponse, error)
 	// Listen accepts on the remote host until the call ends. The first answer is the address.
 	Listen(*ListenRequest, grpc.ServerStreamingServer[ListenResponse]) error
+	// Permit asks whether a stream that Listen has accepted may lead to an address as this machine sees it, before the plugin
+	// connects to that. The gate decides, and may ask a person: the ticket's time stands still meanwhile.
+	Permit(context.Context, *PermitRequest) (*PermitResponse, error)
 	// Decide answers one of the plugin's own pending uses.
 	Decide(context.Context, *DecideRequest) (*DecideResponse, error)
 	// Ask puts a question to the person at the client of one of the plugin's own pending uses. Its ssh does the asking, and
@@ -648,6 +665,9 @@ func (UnimplementedHostServer) Dial(context.Context, *DialRequest) (*DialRespons
 }
 func (UnimplementedHostServer) Listen(*ListenRequest, grpc.ServerStreamingServer[ListenResponse]) error {
 	return status.Error(codes.Unimplemented, "method Listen not implemented")
+}
+func (UnimplementedHostServer) Permit(context.Context, *PermitRequest) (*PermitResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Permit not implemented")
 }
 func (UnimplementedHostServer) Decide(context.Context, *DecideRequest) (*DecideResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Decide not implemented")
@@ -807,6 +827,24 @@ func _Host_Listen_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Host_ListenServer = grpc.ServerStreamingServer[ListenResponse]
 
+func _Host_Permit_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PermitRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Permit(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Permit_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Permit(ctx, req.(*PermitRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Host_Decide_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DecideRequest)
 	if err := dec(in); err != nil {
@@ -945,6 +983,10 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Dial",
 			Handler:    _Host_Dial_Handler,
+		},
+		{
+			MethodName: "Permit",
+			Handler:    _Host_Permit_Handler,
 		},
 		{
 			MethodName: "Decide",

@@ -139,6 +139,10 @@ type Master struct {
 	OnDial func(ctx context.Context, r *pluginpb.DialRequest) (net.Conn, error)
 	// OnListen listens in the place of the server. The forward ends with Accept's error.
 	OnListen func(ctx context.Context, r *pluginpb.ListenRequest) (net.Listener, error)
+	// OnPermit decides where streams that a listener has accepted may lead; nil: anywhere.
+	OnPermit func(ctx context.Context, r *pluginpb.PermitRequest) error
+	// OnKept fails Kept; nil: nothing does.
+	OnKept func() error
 
 	stream   string
 	listener *net.UnixListener
@@ -465,6 +469,16 @@ func (m *Master) Listen(r *pluginpb.ListenRequest, out grpc.ServerStreamingServe
 	return err
 }
 
+// Permit implements pluginpb.HostServer.
+func (m *Master) Permit(ctx context.Context, r *pluginpb.PermitRequest) (*pluginpb.PermitResponse, error) {
+	if m.OnPermit != nil {
+		if err := m.OnPermit(ctx, r); err != nil {
+			return nil, err
+		}
+	}
+	return &pluginpb.PermitResponse{}, nil
+}
+
 // Notify implements pluginpb.HostServer.
 func (m *Master) Notify(_ context.Context, r *pluginpb.NotifyRequest) (*pluginpb.NotifyResponse, error) {
 	m.mu.Lock()
@@ -483,6 +497,11 @@ func (m *Master) Keep(_ context.Context, r *pluginpb.KeepRequest) (*pluginpb.Kee
 
 // Kept implements pluginpb.HostServer.
 func (m *Master) Kept(context.Context, *pluginpb.KeptRequest) (*pluginpb.KeptResponse, error) {
+	if m.OnKept != nil {
+		if err := m.OnKept(); err != nil {
+			return nil, err
+		}
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return &pluginpb.KeptResponse{Data: m.kept}, nil

@@ -457,6 +457,18 @@ func TestHandOver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.Master.OnPermit = func(_ context.Context, r *pluginpb.PermitRequest) error {
+		if r.GetAddress() == "no:1" {
+			return status.Error(codes.PermissionDenied, "no")
+		}
+		return nil
+	}
+	if err := offer.Permit(t.Context(), "tcp", "no:1"); !errors.Is(err, plugin.ErrDenied) {
+		t.Errorf("denied: %v", err)
+	}
+	if err := offer.Permit(t.Context(), "tcp", "yes:1"); err != nil {
+		t.Error(err)
+	}
 	near2, far2 := pair()
 	in, err := offer.HandOver(t.Context(), far2)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -435,7 +436,7 @@ var cases = []spoiled{
 	{"not this host", func(w *world) { w.host("other") },
 		"ssh_config", Failure, "ssh other does not go through muxproxy", setupCommand + " --host other"},
 	{"excluded", func(w *world) { w.setup("*", "!other"); w.host("other") },
-		"ssh_config", Failure, "ssh other does not go through muxproxy", "muxproxy setup -F {home}/config --host '*'"},
+		"ssh_config", Failure, "ssh other does not go through muxproxy", "muxproxy setup -F {home}/config --host '*' --host other"},
 	{"another before", func(w *world) { w.prepend("config", "ProxyCommand nc %h %p\n"); w.host("box") },
 		"ssh_config", Failure, `ssh box does not go through muxproxy: its ProxyCommand is "nc %h %p"`, setupCommand},
 
@@ -478,11 +479,19 @@ var cases = []spoiled{
 	{"not shared", func(w *world) { w.policy("host \"192.0.2.1\" {\n  share = false\n}\n"); w.host("box") },
 		"target", Warning, "policy says share = false of bob@192.0.2.1:2200 ({home}/.config/muxproxy/config.hcl:2", ""},
 
+	{"known_hosts of the user's", func(w *world) {
+		w.write("config", "Host *\n GlobalKnownHostsFile /corp/known /etc/ssh/ssh_known_hosts\n")
+		w.setup("*")
+		w.host("box")
+	}, "target", Warning, "GlobalKnownHostsFile /corp/known /etc/ssh/ssh_known_hosts counts for the master, but not",
+		"GlobalKnownHostsFile {state}/known_hosts /corp/known /etc/ssh/ssh_known_hosts"},
 	{"state open", func(w *world) { w.chmod(w.o.Dirs.State, 0o755) },
 		"directories", Failure, "{state} is open to others (mode 0755)", "chmod 700 {state}"},
 	{"sockets open", func(w *world) { w.chmod(w.o.Dirs.Run, 0o777) },
 		"directories", Failure, "{run} is open to others (mode 0777)", "chmod 700 {run}"},
 	{"home open", func(w *world) { w.chmod(w.home, 0o777) },
+		"directories", Failure, "{home} is writable by everybody", "chmod o-w {home}"},
+	{"home open, nothing made", func(w *world) { w.remove(w.path(".local")); w.chmod(w.home, 0o777) },
 		"directories", Failure, "{home} is writable by everybody", "chmod o-w {home}"},
 	{"no room", func(w *world) { w.remove(w.path(".local")); w.write(".local", "") },
 		"directories", Failure, ": not a directory", ""},
@@ -535,6 +544,9 @@ var cases = []spoiled{
 	{"plugin restarting", func(w *world) {
 		w.m.plugins = []control.Plugin{{Name: "mail", State: "restarting", Path: "/x/mail", Error: "it crashed"}}
 	}, "plugins", Warning, "mail is being restarted: it crashed", "muxproxy plugin check /x/mail"},
+	{"plugin not found", func(w *world) {
+		w.m.plugins = []control.Plugin{{Name: "mail", State: "failed", Error: "it is nowhere"}}
+	}, "plugins", Failure, "mail is failed: it is nowhere", "install muxproxy-plugin-mail in {home}/.local/share/muxproxy/plugins"},
 	{"plugin not started", func(w *world) { w.policy("host \"*\" {\n  mail {}\n}\n") },
 		"plugins", Warning, "policy mentions mail, which the master has not started", "muxproxy master reload"},
 
@@ -617,6 +629,36 @@ func shown(t *testing.T, r Report) string {
 	return b.String()
 }
 
+// What is locked stays so where no master runs.
+func TestLockedWithoutAMaster(t *testing.T) {
+	w := newWorld(t)
+	w.write(".local/state/muxproxy/"+filepath.Base(w.o.Dirs.Run)+"/"+paths.LockState, "{}")
+	w.expect(w.run(), "master", Warning, "none runs, and the next one begins locked", "muxproxy unlock")
+}
+
+// Where sockets are in the state directory, what is wrong with it is said once; so is what is wrong with a parent of both.
+func TestOnePlaceIsNamedOnce(t *testing.T) {
+	for name, spoil := range map[string]func(w *world){
+		"same directory": func(w *world) { w.o.Dirs.Runtime = w.o.Dirs.Run; w.chmod(w.o.Dirs.Run, 0o777) },
+		"same parent":    func(w *world) { w.chmod(w.home, 0o777) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			spoil(w)
+			n := 0
+			r := w.run()
+			for _, res := range r.Results {
+				if res.Name == "directories" {
+					n++
+				}
+			}
+			if n != 1 {
+				t.Errorf("%d results of directories in\n%s", n, shown(t, r))
+			}
+		})
+	}
+}
+
 // Where all is well, every check says so.
 func TestAllIsWell(t *testing.T) {
 	for name, c := range map[string]struct {
@@ -659,6 +701,22 @@ func TestAllIsWell(t *testing.T) {
 			w.remove(w.path(".config/muxproxy/ssh_config"))
 			w.write("config", "Host *\n  ProxyCommand "+w.path("bin/muxproxy")+" %r@%h:%p\n  GlobalKnownHostsFile "+w.o.Dirs.State+"/known_hosts\n")
 		}, []string{"ssh example.com goes through muxproxy", "muxproxy stays beside each ssh"}},
+		"copy of ssh_config in use": {func(w *world) {
+			if err := os.Mkdir(filepath.Join(os.TempDir(), "muxproxy-config-2"), 0o700); err != nil {
+				w.t.Fatal(err)
+			}
+		}, []string{"nothing is left"}},
+		"known_hosts of the user's, for both": {func(w *world) {
+			w.write("config", "Host *\n GlobalKnownHostsFile /corp/known\n")
+			w.setup("*")
+			w.prepend("config", "GlobalKnownHostsFile "+w.o.Dirs.State+"/known_hosts /corp/known ~/known\n")
+			me, err := user.Current() // whose home directory ssh and the master take
+			if err != nil {
+				w.t.Fatal(err)
+			}
+			w.o.Home = me.HomeDir
+			w.host("box")
+		}, nil},
 		"no bypass":        {func(w *world) { w.env["MUXPROXY_BYPASS"] = "0" }, nil},
 		"idle ControlPath": {func(w *world) { w.prepend("config", "ControlPath "+w.path("cm")+"\n") }, []string{"and nobody listens there"}},
 		"other hosts": {func(w *world) {

@@ -6,9 +6,11 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 
+	"github.com/muxproxy/muxproxy/core/paths"
 	"github.com/muxproxy/muxproxy/core/policy"
 )
 
@@ -32,6 +34,8 @@ func (d *doctor) policyFile(context.Context) {
 // masterState looks whether the master lives and is of this version.
 func (d *doctor) masterState(context.Context) {
 	switch {
+	case d.noMaster() && d.keptLock():
+		d.warn("muxproxy unlock", "none runs, and the next one begins locked, as the one before has ended: nobody can use connections then")
 	case d.noMaster():
 		d.ok("none runs; the next ssh starts one")
 	case d.masterErr != nil:
@@ -43,6 +47,12 @@ func (d *doctor) masterState(context.Context) {
 	default:
 		d.ok("pid %d runs, of version %s", d.status.PID, d.status.Version)
 	}
+}
+
+// keptLock reports whether a master that starts finds itself locked (use.OpenLock).
+func (d *doctor) keptLock() bool {
+	_, err := os.Lstat(filepath.Join(d.Dirs.Run, paths.LockState))
+	return err == nil
 }
 
 // masterPolicy finds out whether the master goes by the file that this shell knows.
@@ -61,7 +71,7 @@ func (d *doctor) masterPolicy(context.Context) {
 	case d.masterErr != nil:
 		d.ok("no master to compare with")
 	case d.status.Policy != mine && !sameFile(d.status.Policy, mine):
-		d.warn("muxproxy master stop", "the master goes by %s, this shell by %s ($MUXPROXY_CONFIG and $XDG_CONFIG_HOME count where "+
+		d.warn("muxproxy master stop --drain", "the master goes by %s, this shell by %s ($MUXPROXY_CONFIG and $XDG_CONFIG_HOME count where "+
 			"the master is started)", say(d.status.Policy), say(mine))
 	default:
 		d.ok("the master goes by %s, as this shell does", say(mine))
@@ -92,13 +102,17 @@ func (d *doctor) plugins(ctx context.Context) {
 	var up []string
 	for _, p := range list {
 		wanted = slices.DeleteFunc(wanted, func(name string) bool { return name == p.Name })
+		check := "muxproxy plugin check " + shellQuote(p.Path)
+		if p.Path == "" { // not found
+			check = "install muxproxy-plugin-" + p.Name + " in " + shellQuote(filepath.Join(d.Dirs.Data, "plugins"))
+		}
 		switch p.State {
 		case "up":
 			up = append(up, p.Name)
 		case "restarting":
-			d.warn("muxproxy plugin check "+shellQuote(p.Path), "%s is being restarted: %s", p.Name, p.Error)
+			d.warn(check, "%s is being restarted: %s", p.Name, p.Error)
 		default:
-			d.fail("muxproxy plugin check "+shellQuote(p.Path), "%s is %s: %s", p.Name, p.State, p.Error)
+			d.fail(check, "%s is %s: %s", p.Name, p.State, p.Error)
 		}
 	}
 	if len(wanted) > 0 {

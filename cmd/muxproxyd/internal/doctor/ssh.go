@@ -275,6 +275,18 @@ func (d *doctor) target(ctx context.Context) {
 		d.fail("", "the master can't find out how to reach %s: %v", d.sample, err)
 		return
 	}
+	// ssh takes the first line of these, which is setup's; the master leaves that one out.
+	reads := sshconfig.KnownHostsFiles(d.get("globalknownhostsfile"))
+	for i, p := range reads {
+		if strings.HasPrefix(p, "~/") {
+			reads[i] = d.Home + p[1:]
+		}
+	}
+	if list := r.All("globalknownhostsfile"); d.leads && slices.ContainsFunc(list, func(p string) bool { return !slices.Contains(reads, p) }) {
+		d.warn("GlobalKnownHostsFile "+strings.Join(append([]string{filepath.Join(d.Dirs.State, paths.KnownHosts)}, list...), " "),
+			"GlobalKnownHostsFile %s counts for the master, but not for an ssh with MUXPROXY_BYPASS=1; above muxproxy's Include the line "+
+				"below does for both", strings.Join(list, " "))
+	}
 	t := d.Target
 	t.User, t.Host = r.Get("user"), strings.Trim(r.Get("hostname"), "[]")
 	if port, err := strconv.ParseUint(r.Get("port"), 10, 16); err == nil {

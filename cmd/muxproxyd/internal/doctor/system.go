@@ -107,19 +107,30 @@ func cause(err error) error {
 
 // directories looks at who may use the places of sockets and state.
 func (d *doctor) directories(context.Context) {
-	for _, dir := range []string{d.Dirs.State, d.Dirs.Run, d.Dirs.Runtime} {
-		if err := paths.CheckDir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			text, mend := err.Error(), ""
-			if pe := (*fs.PathError)(nil); !errors.As(err, &pe) { // else it ends with what to do
-				text, mend, _ = strings.Cut(text, ": ")
-			}
-			d.fail(mend, "%s", text)
-		} else if err != nil {
+	dirs := []string{d.Dirs.State, d.Dirs.Run}
+	if !slices.Contains(dirs, d.Dirs.Runtime) {
+		dirs = append(dirs, d.Dirs.Runtime)
+	}
+	reported := map[string]bool{} // a parent of several
+	for _, dir := range dirs {
+		err := paths.CheckDir(dir)
+		if errors.Is(err, fs.ErrNotExist) {
 			above := existing(dir)
 			if info, err := os.Stat(above); err != nil || !info.IsDir() || info.Mode().Perm()&0o300 != 0o300 || foreign(info) {
 				d.fail("", "%s is not there, and can't be made in %s", dir, above)
+				continue
 			}
+			err = paths.CheckParents(above)
 		}
+		if err == nil || reported[err.Error()] {
+			continue
+		}
+		reported[err.Error()] = true
+		text, mend := err.Error(), ""
+		if pe := (*fs.PathError)(nil); !errors.As(err, &pe) { // else it ends with what to do
+			text, mend, _ = strings.Cut(text, ": ")
+		}
+		d.fail(mend, "%s", text)
 	}
 	for _, name := range []string{paths.KnownHosts, paths.MasterLog, paths.AuditLog} {
 		path := filepath.Join(d.Dirs.State, name)

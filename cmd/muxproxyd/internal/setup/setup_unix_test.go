@@ -576,6 +576,10 @@ func TestVerify(t *testing.T) {
 	if _, err := Verify(t.Context(), w.o); err == nil || errors.Is(err, ErrRejected) || !strings.Contains(err.Error(), `its ProxyCommand is "/bin/nc"`) {
 		t.Errorf("%v", err)
 	}
+	w.write(".ssh/config", "ProxyCommand /elsewhere/muxproxy '%r@%h:%p'\n"+config, 0o600)
+	if _, err := Verify(t.Context(), w.o); err == nil || !strings.Contains(err.Error(), "does not lead to "+w.o.Program) {
+		t.Errorf("another muxproxy: %v", err)
+	}
 	if err := os.Chmod(w.o.included(), 0o602); err != nil {
 		t.Fatal(err)
 	}
@@ -604,6 +608,68 @@ func TestBack(t *testing.T) {
 				t.Errorf("%s\nwant:\n%s", got, before)
 			}
 		})
+	}
+}
+
+// What somebody else has written meanwhile is not taken back.
+func TestBackLeavesOthersEdits(t *testing.T) {
+	w := newWorld(t)
+	w.write(".ssh/config", "Host a\n", 0o600)
+	p, err := Make(t.Context(), w.o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Do(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	edited := w.read(".ssh/config") + "Host b\n"
+	w.write(".ssh/config", edited, 0o600)
+	if err := p.Back(); !errors.Is(err, errMeanwhile) {
+		t.Errorf("%v", err)
+	}
+	if got := w.read(".ssh/config"); got != edited {
+		t.Errorf("%q, want %q", got, edited)
+	}
+}
+
+// A file that setup has made and the user has put elsewhere since is emptied, and the link to it stays.
+func TestUndoKeepsALaterLink(t *testing.T) {
+	w := newWorld(t)
+	w.setup()
+	w.mkdir(w.path("dotfiles"))
+	if err := os.Rename(w.path(".ssh/config"), w.path("dotfiles/config")); err != nil {
+		t.Fatal(err)
+	}
+	w.link("../dotfiles/config", ".ssh/config")
+	w.undo()
+	if to, err := os.Readlink(w.path(".ssh/config")); err != nil || to != "../dotfiles/config" {
+		t.Errorf("%q, %v", to, err)
+	}
+	if got := w.read("dotfiles/config"); got != "" {
+		t.Errorf("%q", got)
+	}
+}
+
+// Nor is a place for sockets emptied that others can write to: what is there may be anybody's.
+func TestUntrustedSockets(t *testing.T) {
+	w := newWorld(t)
+	w.setup()
+	if err := w.o.Dirs.Make(); err != nil {
+		t.Fatal(err)
+	}
+	precious := filepath.Join(w.o.Dirs.Runtime, "file")
+	if err := os.WriteFile(precious, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(w.o.Dirs.Runtime, 0o770); err != nil {
+		t.Fatal(err)
+	}
+	w.undo()
+	if _, err := os.Lstat(precious); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(w.o.Dirs.State); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s: %v", w.o.Dirs.State, err)
 	}
 }
 
