@@ -9,12 +9,10 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"github.com/muxproxy/muxproxy/core/control/controlpb"
-	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/peercreds"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -30,7 +28,7 @@ const (
 // unless l fails.
 func Serve(ctx context.Context, l net.Listener, b Backend) error {
 	s := grpc.NewServer(
-		grpc.Creds(peerCreds{}),
+		grpc.Creds(peercreds.New()),
 		grpc.ConnectionTimeout(handshakeTime),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.UnaryInterceptor(bound),
@@ -200,52 +198,11 @@ func statusToError(err error) error {
 	return errors.New(st.Message())
 }
 
-// peerCreds is a server's handshake that asks the kernel instead of the peer. The socket is local, so there is nothing
-// to encrypt.
-type peerCreds struct{}
-
-// callerInfo is what a handshake found out.
-type callerInfo struct {
-	credentials.CommonAuthInfo
-	caller use.Caller
-}
-
-func (callerInfo) AuthType() string { return "peer" }
-
-func (peerCreds) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	unix, ok := c.(*net.UnixConn)
-	if !ok {
-		return nil, nil, fmt.Errorf("a %T is no Unix socket", c)
-	}
-	caller, err := use.ReadCaller(unix)
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := admit(caller)
-	return c, info, err
-}
-
-func admit(caller use.Caller) (credentials.AuthInfo, error) {
-	if !paths.Trusted(caller.UID) {
-		return nil, fmt.Errorf("uid %d may not command this master", caller.UID)
-	}
-	return callerInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, caller}, nil
-}
-
-func (peerCreds) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.New("peerCreds is for servers")
-}
-
-func (peerCreds) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "peer"}
-}
-
-func (c peerCreds) Clone() credentials.TransportCredentials { return c }
-
-func (peerCreds) OverrideServerName(string) error { return nil }
-
 // callerOf returns who makes a call. Without a handshake of ours there is no call, so a missing one is a bug.
 func callerOf(ctx context.Context) use.Caller {
-	p, _ := peer.FromContext(ctx)
-	return p.AuthInfo.(callerInfo).caller
+	caller, ok := peercreds.CallerOf(ctx)
+	if !ok {
+		panic("control: a call without a handshake")
+	}
+	return caller
 }

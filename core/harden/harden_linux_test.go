@@ -31,12 +31,15 @@ func TestMain(m *testing.M) {
 	}()
 	fmt.Println(<-threads)
 	bufio.NewReader(os.Stdin).ReadString('\n')
+	var core unix.Rlimit
+	unix.Getrlimit(unix.RLIMIT_CORE, &core)
+	core.Cur = core.Max // most shells set it to 0
+	unix.Setrlimit(unix.RLIMIT_CORE, &core)
 	err := Process()
 	fmt.Println("traced:", errors.Is(err, ErrTraced))
 	fmt.Println("error:", err)
 	dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
 	fmt.Println("dumpable:", dumpable, err)
-	var core unix.Rlimit
 	err = unix.Getrlimit(unix.RLIMIT_CORE, &core)
 	fmt.Println("core:", core.Cur, err)
 	fmt.Printf("umask: %03o\n", unix.Umask(0))

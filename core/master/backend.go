@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"slices"
 	"strconv"
@@ -177,11 +176,7 @@ func (b backend) attach(ctx context.Context, by pluginhost.Actor, pid int, kind 
 func (b backend) Dial(ctx context.Context, by pluginhost.Actor, d pluginhost.Dial) (pluginhost.Stream, error) {
 	kind, extra := "direct-streamlocal@openssh.com", []byte(nil)
 	if d.Network == "unix" {
-		extra = ssh.Marshal(struct {
-			Path     string
-			Reserved string
-			Zero     uint32
-		}{Path: d.Address})
+		extra = ssh.Marshal(pool.StreamlocalChannel{Path: d.Address})
 	} else {
 		host, port, err := hostPort(d.Address)
 		if err != nil {
@@ -192,12 +187,7 @@ func (b backend) Dial(ctx context.Context, by pluginhost.Actor, d pluginhost.Dia
 			origin, originPort = "127.0.0.1", 0 // nobody's, as in ssh -W
 		}
 		kind = "direct-tcpip"
-		extra = ssh.Marshal(struct {
-			Host       string
-			Port       uint32
-			Origin     string
-			OriginPort uint32
-		}{host, port, origin, originPort})
+		extra = ssh.Marshal(pool.TCPChannel{Host: host, Port: port, Origin: origin, OriginPort: originPort})
 	}
 	lease, permit, err := b.attach(ctx, by, d.PID, use.LocalForward, d.Connection, d.Address)
 	if err != nil {
@@ -218,12 +208,10 @@ func (b backend) Dial(ctx context.Context, by pluginhost.Actor, d pluginhost.Dia
 		return nil, end(err)
 	}
 	lease.Discard(reqs)
-	s := &stream{Channel: ch}
-	s.release = func() {
+	return pool.NewStream(ch, d.Address, func(r use.Result) {
 		lease.Release()
-		permit.End(use.Result{Status: s.status(), In: s.in.Load(), Out: s.out.Load()})
-	}
-	return s, nil
+		permit.End(r)
+	}), nil
 }
 
 func hostPort(address string) (string, uint32, error) {
@@ -236,52 +224,6 @@ func hostPort(address string) (string, uint32, error) {
 		return "", 0, fmt.Errorf("%q: the port must be a number up to 65535", use.Printable(address))
 	}
 	return host, uint32(port), nil
-}
-
-// stream is a channel in a plugin's hands.
-type stream struct {
-	*pool.Channel
-	in, out atomic.Int64
-	cut     atomic.Bool
-	once    sync.Once
-	release func()
-	err     error // of Close
-}
-
-func (s *stream) Write(b []byte) (int, error) {
-	n, err := s.Channel.Write(b)
-	s.Count(int64(n), 0)
-	s.in.Add(int64(n))
-	return n, err
-}
-
-func (s *stream) Read(b []byte) (int, error) {
-	n, err := s.Channel.Read(b)
-	s.Count(0, int64(n))
-	s.out.Add(int64(n))
-	if err == io.EOF && s.Down() && !s.ClosedInOrder() {
-		s.cut.Store(true)
-		err = io.ErrUnexpectedEOF // a truncated stream must not look complete
-	}
-	return n, err
-}
-
-func (s *stream) status() string {
-	if s.cut.Load() {
-		return "cut"
-	}
-	return "closed"
-}
-
-// Close gives back what carries the stream.
-func (s *stream) Close() error {
-	s.once.Do(func() {
-		if s.err = s.Channel.Close(); s.err == io.EOF {
-			s.err = nil // the server was first
-		}
-		s.release()
-	})
-	return s.err
 }
 
 // Listen implements pluginhost.Backend.
@@ -341,7 +283,7 @@ type accepted struct {
 
 // arrival is a stream that has come to a listener.
 type arrival struct {
-	*stream
+	*pool.Stream
 	b backend
 	l *listener
 
@@ -380,13 +322,13 @@ func (a *arrival) Permit(ctx context.Context, by pluginhost.Actor, network, addr
 	return nil
 }
 
-// leave is called when the stream has ended.
-func (a *arrival) leave() {
+// leave is called when the stream has ended, with how.
+func (a *arrival) leave(r use.Result) {
 	a.mu.Lock()
 	a.ended = true
 	permit := a.permit
 	a.mu.Unlock()
-	permit.End(use.Result{Status: a.status(), In: a.in.Load(), Out: a.out.Load()})
+	permit.End(r)
 	a.l.leave()
 }
 
@@ -396,12 +338,7 @@ func (l *listener) incoming(nc *pool.NewChannel) {
 		return
 	}
 	origin := ""
-	var m struct { // RFC 4254 section 7.2
-		Host       string
-		Port       uint32
-		Origin     string
-		OriginPort uint32
-	}
+	var m pool.TCPChannel
 	if nc.ChannelType() == "forwarded-tcpip" && ssh.Unmarshal(nc.ExtraData(), &m) == nil {
 		origin = use.Printable(net.JoinHostPort(strings.Trim(m.Origin, "[]"), strconv.Itoa(int(m.OriginPort))))
 	}
@@ -411,8 +348,8 @@ func (l *listener) incoming(nc *pool.NewChannel) {
 	}
 	l.users.Add(1)
 	l.lease.Discard(reqs)
-	s := &arrival{stream: &stream{Channel: ch}, b: l.b, l: l}
-	s.release = s.leave
+	s := &arrival{b: l.b, l: l}
+	s.Stream = pool.NewStream(ch, origin, s.leave)
 	select {
 	case l.accepted <- accepted{s, origin}:
 	case <-l.closed:

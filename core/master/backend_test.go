@@ -37,7 +37,7 @@ func TestPermitOfAnArrival(t *testing.T) {
 	}
 	l := &listener{b: backend{m}, permit: listening}
 	l.users.Add(2) // one more than the test ends, since there is no lease to give back
-	a := &arrival{stream: &stream{}, b: l.b, l: l}
+	a := &arrival{b: l.b, l: l}
 	ask := func(network, address string) string {
 		if err := a.Permit(t.Context(), pluginhost.Actor{Plugin: "forward"}, network, address); err != nil {
 			return err.Error()
@@ -63,9 +63,7 @@ func TestPermitOfAnArrival(t *testing.T) {
 	if err := lock.Unlock(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
-	a.in.Store(3)
-	a.out.Store(4)
-	a.leave()
+	a.leave(use.Result{Status: "closed", In: 3, Out: 4})
 	late := a.Permit(t.Context(), pluginhost.Actor{}, "tcp", "h:80")
 	if !errors.Is(late, pool.ErrGone) {
 		t.Errorf("after its end: %v", late)

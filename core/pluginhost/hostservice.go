@@ -5,18 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
-	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/peercreds"
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/pool"
@@ -67,13 +64,8 @@ func (h *hostService) connection(c plugin.Capability, id uint64) error {
 }
 
 func (h *hostService) actor(ctx context.Context) Actor {
-	a := Actor{Plugin: h.p.spec.Name}
-	if p, ok := peer.FromContext(ctx); ok {
-		if info, ok := p.AuthInfo.(callerInfo); ok {
-			a.Caller = info.caller
-		}
-	}
-	return a
+	caller, _ := peercreds.CallerOf(ctx) // no call comes without
+	return Actor{Plugin: h.p.spec.Name, Caller: caller}
 }
 
 // failed makes a status of the master's errors. Denials say that they are.
@@ -352,40 +344,3 @@ func (h *hostService) Kept(context.Context, *pluginpb.KeptRequest) (*pluginpb.Ke
 	}
 	return &pluginpb.KeptResponse{Data: slices.Clone(data)}, nil
 }
-
-// peerCreds is a handshake that asks the kernel who is there. Calls carry a token besides.
-type peerCreds struct{}
-
-type callerInfo struct {
-	credentials.CommonAuthInfo
-	caller use.Caller
-}
-
-func (callerInfo) AuthType() string { return "peer" }
-
-func (peerCreds) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	unix, ok := c.(*net.UnixConn)
-	if !ok {
-		return nil, nil, fmt.Errorf("a %T is no Unix socket", c)
-	}
-	caller, err := use.ReadCaller(unix)
-	if err != nil {
-		return nil, nil, err
-	}
-	if !paths.Trusted(caller.UID) {
-		return nil, nil, fmt.Errorf("uid %d is no plugin of this master", caller.UID)
-	}
-	return c, callerInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, caller}, nil
-}
-
-func (peerCreds) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.New("peerCreds is for servers")
-}
-
-func (peerCreds) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "peer"}
-}
-
-func (c peerCreds) Clone() credentials.TransportCredentials { return c }
-
-func (peerCreds) OverrideServerName(string) error { return nil }

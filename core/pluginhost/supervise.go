@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/muxproxy/muxproxy/core/paths"
+	"github.com/muxproxy/muxproxy/core/peercreds"
 	"github.com/muxproxy/muxproxy/core/plugin"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginpb"
 	"github.com/muxproxy/muxproxy/core/plugin/pluginrun"
@@ -132,7 +133,7 @@ func (s *supervised) start(ctx context.Context) (*instance, *pluginpb.DescribeRe
 			inst.host.pid = pid
 			return inst.host
 		},
-		HostOptions: []grpc.ServerOption{grpc.Creds(peerCreds{})},
+		HostOptions: []grpc.ServerOption{grpc.Creds(peercreds.New())},
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s %w", s.spec.Path, err)

@@ -176,12 +176,7 @@ func (f *forwards) find(u *upstream, nc ssh.NewChannel) *Listener {
 	var a Addr
 	switch nc.ChannelType() {
 	case "forwarded-tcpip":
-		var m struct { // RFC 4254 section 7.2
-			Host       string
-			Port       uint32
-			Origin     string
-			OriginPort uint32
-		}
+		var m TCPChannel
 		if err := ssh.Unmarshal(nc.ExtraData(), &m); err != nil {
 			_ = nc.Reject(ssh.ConnectionFailed, "malformed forwarded-tcpip")
 			return nil

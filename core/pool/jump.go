@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/crypto/ssh"
@@ -28,10 +26,12 @@ func (p *Pool) transport(spec Spec, by use.Use, ask Asker, through func(*upstrea
 	last := len(spec.Via) - 1
 	hop := spec.Via[last]
 	hop.Via = spec.Via[:last]
-	hop.Env, hop.Say, hop.Debug = spec.Env, spec.Say, spec.Debug
-	hop.Banner = func(text string) {
-		for line := range strings.Lines(text) {
-			spec.Banner("jump host " + hop.Target.Host + ": " + line) // or it would pass for the target's
+	hop.Env, hop.Say, hop.Debug, hop.Silent = spec.Env, spec.Say, spec.Debug, spec.Silent
+	if spec.Banner != nil {
+		hop.Banner = func(text string) {
+			for line := range strings.Lines(text) {
+				spec.Banner("jump host " + hop.Target.Host + ": " + line) // or it would pass for the target's
+			}
 		}
 	}
 	timeout := defaultConnectTimeout
@@ -49,7 +49,7 @@ func (p *Pool) transport(spec Spec, by use.Use, ask Asker, through func(*upstrea
 }
 
 // jump opens a connection to a target through a jump host's upstream, which it holds a lease on until Close.
-func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.Duration, by use.Use, ask Asker) (*jumpConn, error) {
+func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.Duration, by use.Use, ask Asker) (*Stream, error) {
 	permit, denied := p.gate.Decide(ctx, use.Use{
 		Kind: use.Jump, Client: by.Client, Caller: by.Caller, Target: hop.Target, Addr: to.Addr(),
 	}, nil)
@@ -67,12 +67,9 @@ func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.D
 	// Only the connection: a login at the jump host may wait for a person.
 	openCtx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer in %s", timeout))
 	defer cancel()
-	ch, reqs, err := lease.Open(openCtx, permit, "direct-tcpip", ssh.Marshal(struct { // RFC 4254 section 7.2
-		Host       string
-		Port       uint32
-		Origin     string
-		OriginPort uint32
-	}{to.Host, uint32(to.Port), "127.0.0.1", 0}))
+	ch, reqs, err := lease.Open(openCtx, permit, "direct-tcpip", ssh.Marshal(TCPChannel{
+		Host: to.Host, Port: uint32(to.Port), Origin: "127.0.0.1",
+	}))
 	if err != nil {
 		lease.Release()
 		var refused *ssh.OpenChannelError
@@ -83,51 +80,8 @@ func (p *Pool) jump(ctx context.Context, hop Spec, to use.Target, timeout time.D
 		return nil, end(fmt.Errorf("%s: jump through %s: %w", to.Addr(), hop.Target.Addr(), err))
 	}
 	lease.Discard(reqs)
-	return &jumpConn{Channel: ch, lease: lease, permit: permit, to: to}, nil
+	return NewStream(ch, to.Addr(), func(r use.Result) {
+		lease.Release()
+		permit.End(r)
+	}), nil
 }
-
-// jumpConn is a channel of a jump host's upstream as a network connection.
-type jumpConn struct {
-	*Channel
-	lease  *Lease
-	permit *use.Permit
-	to     use.Target
-	once   sync.Once
-	err    error // of Close
-}
-
-func (c *jumpConn) Write(b []byte) (int, error) {
-	n, err := c.Channel.Write(b)
-	c.Count(int64(n), 0)
-	return n, err
-}
-
-func (c *jumpConn) Read(b []byte) (int, error) {
-	n, err := c.Channel.Read(b)
-	c.Count(0, int64(n))
-	if err == io.EOF && c.Down() {
-		err = io.ErrUnexpectedEOF // the jump host's end is not the target's
-	}
-	return n, err
-}
-
-// Close gives the jump host's lease back.
-func (c *jumpConn) Close() error {
-	c.once.Do(func() {
-		c.err = c.Channel.Close()
-		c.lease.Release()
-		c.permit.End(use.Result{Status: "closed"})
-	})
-	return c.err
-}
-
-func (c *jumpConn) LocalAddr() net.Addr              { return jumpAddr("jump") }
-func (c *jumpConn) RemoteAddr() net.Addr             { return jumpAddr(c.to.Addr()) }
-func (*jumpConn) SetDeadline(time.Time) error        { return errors.ErrUnsupported }
-func (*jumpConn) SetReadDeadline(time.Time) error    { return errors.ErrUnsupported }
-func (*jumpConn) SetWriteDeadline(t time.Time) error { return errors.ErrUnsupported }
-
-type jumpAddr string
-
-func (jumpAddr) Network() string  { return "tcp" }
-func (a jumpAddr) String() string { return string(a) }

@@ -2,6 +2,7 @@ package pool
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
@@ -77,6 +78,16 @@ func programOf(u use.Use) string {
 	return ""
 }
 
+// learnedAs is what tells a session's successors apart: its program, or where a shell makes more of the command than words
+// (`cat >file`, `tar c . | zstd`) that very command, as a hash, for it may hold secrets. "" is for none.
+func learnedAs(u use.Use) string {
+	program := programOf(u)
+	if program == "" && u.Command != "" {
+		return fmt.Sprintf("command %x", sha256.Sum256([]byte(u.Command)))
+	}
+	return program
+}
+
 // KnownBulk tells whether a session that runs this is bulk from the start.
 func KnownBulk(u use.Use) bool {
 	program := programOf(u)
@@ -90,16 +101,16 @@ func (l *Lease) Classify(u use.Use, terminal bool) Class {
 			return class
 		}
 	}
-	program := programOf(u)
+	what := learnedAs(u)
 	switch {
-	case terminal || program == "":
+	case terminal || what == "":
 		return Interactive
 	case KnownBulk(u):
 		return Bulk
 	}
 	l.pool.mu.Lock()
 	defer l.pool.mu.Unlock()
-	if l.pool.learned[l.key.key][program] {
+	if l.pool.learned[l.key.key][what] {
 		return Bulk
 	}
 	return Interactive
@@ -108,8 +119,8 @@ func (l *Lease) Classify(u use.Use, terminal bool) Class {
 // NoteMoved says how many bytes a session without a terminal has moved, at least or in all. One that turns out to be bulk
 // moves its successors to the bulk lane, one that turns out to be small takes them back.
 func (l *Lease) NoteMoved(u use.Use, n int64) {
-	program := programOf(u)
-	if program == "" || KnownBulk(u) {
+	what := learnedAs(u)
+	if what == "" || KnownBulk(u) {
 		return
 	}
 	l.pool.mu.Lock()
@@ -117,15 +128,18 @@ func (l *Lease) NoteMoved(u use.Use, n int64) {
 	set := l.pool.learned[l.key.key]
 	switch {
 	case n < BulkBytes/8:
-		delete(set, program)
+		delete(set, what)
 	case n < BulkBytes:
 	case set == nil:
 		if len(l.pool.learned) >= maxLearned {
 			clear(l.pool.learned)
 		}
-		l.pool.learned[l.key.key] = map[string]bool{program: true}
-	case len(set) < maxLearned:
-		set[program] = true
+		l.pool.learned[l.key.key] = map[string]bool{what: true}
+	default:
+		if len(set) >= maxLearned {
+			clear(set) // what is still run is soon learned again
+		}
+		set[what] = true
 	}
 }
 
@@ -319,10 +333,9 @@ func (p *Pool) grow(ctx context.Context, k laneKey, spec Spec, by use.Use, f *fl
 		}
 		u.keepSpareLocked()
 		// Those who waited for it may have left.
-		u.idle++
-		u.left = time.Now()
-		idle := u.idle
-		p.wg.Go(func() { u.release(idle) })
+		if len(u.leases) == 0 {
+			u.idleLocked()
+		}
 	} else if f.reason == nil {
 		g.failed = time.Now()
 	}

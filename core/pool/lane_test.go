@@ -217,13 +217,28 @@ func TestClasses(t *testing.T) {
 	check(subsystem("netconf"), false, Bulk)
 	check(exec("netconf"), false, Interactive)
 
+	// What a shell has to read tells only about itself, and is not kept as it is.
+	pipeline := "zcat 'the secret'.gz | psql"
+	l.NoteMoved(exec(pipeline), BulkBytes)
+	check(exec(pipeline), false, Bulk)
+	check(exec(pipeline), true, Interactive)
+	check(exec("zcat another.gz | psql"), false, Interactive)
+	for what := range p.learned[l.key.key] {
+		if strings.Contains(what, "secret") {
+			t.Errorf("%q is kept", what)
+		}
+	}
+	l.NoteMoved(exec(pipeline), 1)
+	check(exec(pipeline), false, Interactive)
+
 	// A server's programs don't fill the memory.
 	for i := range 2 * maxLearned {
 		l.NoteMoved(exec(fmt.Sprint("p", i)), BulkBytes)
 	}
-	if n := len(p.learned[l.key.key]); n != maxLearned {
+	if n := len(p.learned[l.key.key]); n > maxLearned {
 		t.Errorf("%d programs are remembered", n)
 	}
+	check(exec(fmt.Sprint("p", 2*maxLearned-1)), false, Bulk)
 	l.Release()
 	stranger.Release()
 }
@@ -574,6 +589,8 @@ func TestX11ConnectionsThatSayNothing(t *testing.T) {
 func FuzzReadX11(f *testing.F) {
 	f.Add(x11Setup(binary.LittleEndian, "MIT-MAGIC-COOKIE-1", "0123456789abcdef"))
 	f.Add(x11Setup(binary.BigEndian, "", ""))
+	f.Add(x11Setup(binary.BigEndian, strings.Repeat("n", 1<<16-1), ""))
+	f.Add(x11Setup(binary.LittleEndian, "MIT-MAGIC-COOKIE-1", strings.Repeat("d", maxX11Auth+4)))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := bytes.NewReader(in)
 		first, cookie, err := readX11(r)

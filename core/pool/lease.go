@@ -144,7 +144,7 @@ func (l *Lease) mayHoldLocked(u *upstream) bool {
 		return false
 	}
 	l.holds[u] += 0
-	u.leases[l] = struct{}{}
+	u.joinLocked(l)
 	return true
 }
 
@@ -230,7 +230,7 @@ func (l *Lease) setHomeLocked(u *upstream) {
 	if u != nil {
 		id = u.id
 		l.holds[u] += 0
-		u.leases[l] = struct{}{}
+		u.joinLocked(l)
 	}
 	l.homeID.Store(id)
 }

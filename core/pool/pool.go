@@ -33,7 +33,7 @@ type Pool struct {
 	ups     []*upstream
 	flights map[flightKey]*flight
 	growths map[laneKey]*growth
-	learned map[string]map[string]bool // by sharing key: the programs that turned out to be bulk
+	learned map[string]map[string]bool // by sharing key: the programs and commands that turned out to be bulk
 	wake    chan struct{}              // closed, and made anew, when there may be room for a session
 	quiet   map[string]chan struct{}   // by sharing key: closed when no client is left
 	again   chan struct{}              // closed, and made anew, when the Retainer is to be asked again

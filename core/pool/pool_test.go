@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -445,6 +446,67 @@ func TestARevokedKeyOnTheWay(t *testing.T) {
 	}
 }
 
+// welcoming is a judge whose hosts greet, and that tells which logins were silent.
+type welcoming struct {
+	*judge
+	silent chan string // users, who stand for hosts
+}
+
+func (w welcoming) Dial(ctx context.Context, s Spec, a Asker) (Conn, error) {
+	if s.Banner != nil {
+		s.Banner("welcome\n")
+	}
+	if s.Silent {
+		w.silent <- s.Target.User
+	}
+	c, err := w.judge.Dial(ctx, s, a)
+	if err != nil {
+		return nil, err
+	}
+	return ridden{c.(judged)}, nil
+}
+
+// ridden is a connection that was made without a person.
+type ridden struct{ judged }
+
+func (ridden) Server() ServerInfo { return ServerInfo{Silent: true} }
+
+// A login that asks nobody has nobody to show a jump host's banner to either, and touches no security key on the way.
+func TestASilentLoginThroughAJumpHost(t *testing.T) {
+	w := welcoming{&judge{}, make(chan string, 2)}
+	p := newPool(t, w, CloseAtOnce{})
+	far := spec("far")
+	far.Via = []Spec{spec("hop")}
+	banner := ""
+	far.Banner = func(s string) { banner += s }
+	l, other := acquire(t, p, far), acquire(t, p, far)
+	if banner != "welcome\njump host h.example.com: welcome\n" {
+		t.Errorf("the person read %q", banner)
+	}
+	// The next login has to pass the jump host anew.
+	if p.Drain(func(c ConnInfo) bool { return c.Target.User == "hop" }) != 1 {
+		t.Error("no jump host")
+	}
+	ch := open(t, l, bulk)
+	if ch.Upstream() == l.ID() {
+		t.Error("bulk has no connection of its own")
+	}
+	ch.Close()
+	close(w.silent)
+	var silent []string
+	for user := range w.silent {
+		silent = append(silent, user)
+	}
+	if !slices.Equal(silent, []string{"far", "hop"}) {
+		t.Errorf("silent logins at %q", silent)
+	}
+	if banner != "welcome\njump host h.example.com: welcome\n" {
+		t.Errorf("the person read %q", banner)
+	}
+	l.Release()
+	other.Release()
+}
+
 func TestTheLastWaiterEndsTheDial(t *testing.T) {
 	d := &dialer{hold: make(chan struct{})}
 	p := newPool(t, d, CloseAtOnce{})
@@ -599,6 +661,25 @@ func TestRetention(t *testing.T) {
 	if d.count() != 1 {
 		t.Errorf("%d dials", d.count())
 	}
+}
+
+// A connection that is kept for long is used often: what waits for the end of a time without clients ends with that time.
+func TestWhoComesEndsTheWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hour := time.Now().Add(time.Hour)
+		p := New(&dialer{}, keeper{until: func() time.Time { return hour }, asked: make(chan ConnInfo, 100)}, gate, zerolog.Nop())
+		defer p.Close()
+		acquire(t, p, spec("alice")).Release()
+		synctest.Wait()
+		before := runtime.NumGoroutine()
+		for range 50 {
+			acquire(t, p, spec("alice")).Release()
+			synctest.Wait()
+		}
+		if n := runtime.NumGoroutine(); n > before+10 {
+			t.Errorf("%d goroutines after 50 clients, %d before", n, before)
+		}
+	})
 }
 
 // slowly is a Retainer that takes a moment, or none, to say that a connection stays for a second.

@@ -39,10 +39,10 @@ type upstream struct {
 	probing  *probe                   // under way
 	suspect  time.Time                // LastHeard when a probe failed, until it changes
 	draining bool
-	reason   error     // why we closed it, for its clients
-	idle     uint64    // counts the times that the last client left; a decision about an older idle is void
-	left     time.Time // when it did
-	kept     time.Time // until when, as the Retainer said after that; zero: nothing yet
+	reason   error         // why we closed it, for its clients
+	idle     chan struct{} // of the time without clients that is now, closed when one comes; nil: there are some
+	left     time.Time     // when the last client left
+	kept     time.Time     // until when, as the Retainer said after that; zero: nothing yet
 
 	fwd forwards
 }
@@ -103,12 +103,27 @@ func (u *upstream) letGoLocked(l *Lease) {
 	if len(u.leases) > 0 {
 		return
 	}
-	u.idle++
+	u.idleLocked()
+	u.pool.quietLocked(u.key)
+}
+
+// joinLocked makes a lease one of the upstream's.
+func (u *upstream) joinLocked(l *Lease) {
+	u.leases[l] = struct{}{}
+	if u.idle != nil {
+		close(u.idle)
+		u.idle = nil
+	}
+}
+
+// idleLocked begins a time without clients.
+func (u *upstream) idleLocked() {
+	idle := make(chan struct{})
+	u.idle = idle
 	u.left, u.kept = time.Now(), time.Time{}
-	if idle := u.idle; !u.pool.closed {
+	if !u.pool.closed {
 		u.pool.wg.Go(func() { u.release(idle) })
 	}
-	u.pool.quietLocked(u.key)
 }
 
 // why is a person's line about why the upstream has ended.
@@ -222,11 +237,15 @@ const (
 )
 
 // release is called when the last client has left: it asks how long the upstream stays, and closes it when that is
-// over and nobody came. One beside others of its target stays for their clients, but not beyond them.
-func (u *upstream) release(idle uint64) {
+// over and nobody came, which closes idle. One beside others of its target stays for their clients, but not beyond them.
+func (u *upstream) release(idle chan struct{}) {
 	lingered := false
 	for {
 		u.pool.mu.Lock()
+		if u.idle != idle {
+			u.pool.mu.Unlock()
+			return
+		}
 		info := u.infoLocked()
 		extra, quiet := u.extraLocked()
 		again := u.pool.again
@@ -243,8 +262,8 @@ func (u *upstream) release(idle uint64) {
 			cancel()
 			u.pool.mu.Lock()
 			wait = time.Until(until)
-			if u.kept = until; u.idle != idle || wait <= 0 {
-				u.kept = time.Time{}
+			if u.idle == idle && wait > 0 {
+				u.kept = until
 			}
 			u.pool.mu.Unlock()
 		}
@@ -256,6 +275,7 @@ func (u *upstream) release(idle uint64) {
 		case <-t.C:
 		case <-quiet:
 		case <-again:
+		case <-idle:
 		case <-u.dead:
 			t.Stop()
 			return
@@ -264,12 +284,9 @@ func (u *upstream) release(idle uint64) {
 			return
 		}
 		t.Stop()
-		if !u.stillIdle(idle) {
-			return
-		}
 	}
 	u.pool.mu.Lock()
-	if len(u.leases) > 0 || u.idle != idle {
+	if u.idle != idle {
 		u.pool.mu.Unlock()
 		return
 	}
@@ -323,12 +340,6 @@ func (p *Pool) quietLocked(key string) {
 		close(c)
 		delete(p.quiet, key)
 	}
-}
-
-func (u *upstream) stillIdle(idle uint64) bool {
-	u.pool.mu.Lock()
-	defer u.pool.mu.Unlock()
-	return len(u.leases) == 0 && u.idle == idle
 }
 
 // drain lets the upstream take no new clients.

@@ -24,6 +24,7 @@ type globals struct {
 
 	mu      sync.Mutex // guards what follows
 	waiting []*global
+	size    int           // bytes of payload in waiting
 	last    chan struct{} // answered of the newest; closed at first
 }
 
@@ -44,9 +45,10 @@ func (g *globals) barrier() <-chan struct{} {
 func (g *globals) add(q *ssh.Request) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.waiting) >= maxQueued {
+	if len(g.waiting) >= maxQueued || g.size+len(q.Payload) > maxQueuedBytes {
 		return false
 	}
+	g.size += len(q.Payload)
 	g.last = make(chan struct{})
 	g.waiting = append(g.waiting, &global{q, g.last})
 	select {
@@ -65,6 +67,7 @@ func (g *globals) next() *global {
 	q := g.waiting[0]
 	g.waiting[0] = nil
 	g.waiting = g.waiting[1:]
+	g.size -= len(q.Payload)
 	return q
 }
 

@@ -35,8 +35,10 @@ type Client interface {
 }
 
 const (
-	// maxQueued bounds the requests and channel opens of one client that wait; a client past it is cut.
-	maxQueued = 4096
+	// maxQueued bounds the requests and channel opens of one client that wait, and maxQueuedBytes what its global requests
+	// hold, and the set-up of each session; a client past one of them is cut.
+	maxQueued      = 4096
+	maxQueuedBytes = 1 << 20
 	// maxSessions bounds a client's sessions, started or not; a client past it is cut.
 	maxSessions = 1024
 	// flushTime is how long the server may take nothing of what a client sent before it left.
@@ -230,23 +232,14 @@ func (r *Relay) openDirect(nc ssh.NewChannel, earlier <-chan struct{}) (ssh.Chan
 	u.Name = nc.ChannelType()
 	switch nc.ChannelType() {
 	case "direct-tcpip":
-		var m struct {
-			Host       string
-			Port       uint32
-			Origin     string
-			OriginPort uint32
-		}
+		var m pool.TCPChannel
 		if err := ssh.Unmarshal(nc.ExtraData(), &m); err != nil {
 			_ = nc.Reject(ssh.ConnectionFailed, "malformed direct-tcpip")
 			return nil, nil, nil
 		}
 		u.Kind, u.Name, u.Addr = use.LocalForward, "", pool.Addr{Host: m.Host, Port: m.Port}.String()
 	case "direct-streamlocal@openssh.com":
-		var m struct {
-			Path         string
-			Reserved     string
-			ReservedPort uint32
-		}
+		var m pool.StreamlocalChannel
 		if err := ssh.Unmarshal(nc.ExtraData(), &m); err != nil {
 			_ = nc.Reject(ssh.ConnectionFailed, "malformed direct-streamlocal@openssh.com")
 			return nil, nil, nil

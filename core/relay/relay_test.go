@@ -442,6 +442,43 @@ func TestAFloodingClientIsCut(t *testing.T) {
 	far.ch.Close()
 }
 
+// A few large requests hold as much as many small ones.
+func TestAClientThatHoldsMuchIsCut(t *testing.T) {
+	const enough = 200 // of 100 KiB each; they would wait, by their number
+	large := strings.Repeat("x", 100<<10)
+	for name, send := range map[string]func(c *client) func() error{
+		"set-up of a session": func(c *client) func() error {
+			near := take(t, "session", c.open("session", nil))
+			return func() error {
+				_, err := near.ch.SendRequest("env", false, ssh.Marshal(envMsg{"A", large}))
+				if err == nil { // not so fast that it is the channel's queue that overflows
+					_, _, err = c.SendRequest("keepalive@openssh.com", true, nil)
+				}
+				return err
+			}
+		},
+		"global requests behind one that is not answered": func(c *client) func() error {
+			go c.SendRequest("tcpip-forward", true, ssh.Marshal(forwardMsg{"localhost", 4711}))
+			return func() error {
+				_, _, err := c.SendRequest("unknown", false, []byte(large))
+				return err
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			c := w.connect(true)
+			one := send(c)
+			for range enough {
+				if one() != nil {
+					break
+				}
+			}
+			within(t, "the client is cut", c.ran)
+		})
+	}
+}
+
 func TestDirectChannels(t *testing.T) {
 	kinds := map[string][]byte{
 		"direct-tcpip": ssh.Marshal(tcpipMsg{"localhost", 80, "127.0.0.1", 1}),
@@ -526,6 +563,25 @@ func (w *world) forward(c *client, name string, payload, reply any) {
 }
 
 type portMsg struct{ Port uint32 }
+
+// A client that came in the moment when the connection broke goes on with another; but not without the forwards that it was
+// granted on the one that has ended.
+func TestAGrantedForwardEndsWithItsConnection(t *testing.T) {
+	for _, granted := range []bool{false, true} {
+		w := newWorld(t)
+		w.again = true
+		c := w.connect(true)
+		if granted {
+			w.forward(c, "tcpip-forward", forwardMsg{"localhost", 4711}, nil)
+		}
+		w.tcp.Close()
+		if granted {
+			within(t, "the client is cut", c.ran)
+		} else {
+			nothing(t, "the end of a client that has lost nothing", c.ran)
+		}
+	}
+}
 
 func TestRemoteForwardsBelongToTheirClient(t *testing.T) {
 	w := newWorld(t)

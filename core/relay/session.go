@@ -79,6 +79,7 @@ type session struct {
 	turn    turn
 
 	held       []*ssh.Request
+	heldBytes  int           // of payload in held, since the session was opened
 	server     *pool.Channel // nil until taken
 	serverReqs <-chan *ssh.Request
 	agent      *use.Permit   // of the kind agent: the session has a lane for it
@@ -96,7 +97,8 @@ func (s *session) serve() {
 			s.pty.Store(true)
 		}
 		if !start && s.server == nil && (r.client.OpenSSH() || !q.WantReply) {
-			if s.held = append(s.held, q); len(s.held) > maxQueued {
+			s.held = append(s.held, q)
+			if s.heldBytes += len(q.Payload); len(s.held) > maxQueued || s.heldBytes > maxQueuedBytes {
 				r.cut("too much set-up for one session")
 				return
 			}

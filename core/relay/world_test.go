@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -67,6 +68,7 @@ type upstreamConn struct {
 	channels <-chan ssh.NewChannel
 	requests <-chan *ssh.Request
 	silent   atomic.Int64 // how long ago the last byte came, if set
+	again    bool         // as world.again
 }
 
 type watchedConn struct {
@@ -96,7 +98,7 @@ func (c *watchedConn) Close() error {
 func (c *upstreamConn) Channels() <-chan ssh.NewChannel { return c.channels }
 func (c *upstreamConn) Requests() <-chan *ssh.Request   { return c.requests }
 func (c *upstreamConn) Server() pool.ServerInfo {
-	return pool.ServerInfo{Version: "SSH-2.0-test"}
+	return pool.ServerInfo{Version: "SSH-2.0-test", Silent: c.again}
 }
 func (c *upstreamConn) Probe(context.Context, func()) error { return nil }
 func (c *upstreamConn) Down() bool                          { return c.net.down.Load() }
@@ -106,7 +108,12 @@ func (c *upstreamConn) Over() time.Time {
 	}
 	return time.Time{}
 }
-func (c *upstreamConn) Cause() error { return nil }
+func (c *upstreamConn) Cause() error {
+	if c.again && c.Down() {
+		return errors.New("db.example.com:22: connection reset by peer")
+	}
+	return nil
+}
 func (c *upstreamConn) LastHeard() time.Time {
 	return time.Now().Add(-time.Duration(c.silent.Load()))
 }
@@ -125,6 +132,7 @@ type world struct {
 	tcp      net.Conn // the server's end
 	audit    string
 	lane     pool.Lane // that the clients are expected to need
+	again    bool      // the server lets in without a person, and is lost by itself
 }
 
 // Dial implements pool.Dialer: the server's channels and global requests are left to the test.
@@ -147,7 +155,7 @@ func (w *world) Dial(context.Context, pool.Spec, pool.Asker) (pool.Conn, error) 
 		return nil, err
 	}
 	w.tcp = far
-	w.conn = &upstreamConn{Conn: c, net: watched, channels: chans, requests: reqs}
+	w.conn = &upstreamConn{Conn: c, net: watched, channels: chans, requests: reqs, again: w.again}
 	return w.conn, nil
 }
 

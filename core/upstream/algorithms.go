@@ -36,7 +36,7 @@ var (
 // weak algorithms included: ssh would use them.
 func (d *dialing) algorithms() (*ssh.ClientConfig, error) {
 	safe, weak := ssh.SupportedAlgorithms(), ssh.InsecureAlgorithms()
-	config := &ssh.ClientConfig{}
+	config := &ssh.ClientConfig{Config: ssh.Config{RekeyThreshold: rekeyThreshold}}
 	for _, k := range []struct {
 		name      string
 		preferred []string

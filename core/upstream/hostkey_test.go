@@ -183,6 +183,9 @@ func TestHostKeyOrder(t *testing.T) {
 		d := newDialing(sp)
 		config, err := d.algorithms()
 		check(t, err)
+		if config.RekeyThreshold < 1<<60 {
+			t.Errorf("%s: a key exchange is started here after %d bytes", tc.name, config.RekeyThreshold)
+		}
 		keys, err := d.hostKeys()
 		check(t, err)
 		got, err := keys.algorithms(config.HostKeyAlgorithms)

@@ -262,7 +262,6 @@ func (d *dialing) handshake(ctx context.Context, t *transport, config *ssh.Clien
 	config.AuthCallback = login.next
 	config.User = d.spec.Target.User
 	config.ClientVersion = version
-	config.RekeyThreshold = rekeyThreshold
 
 	timeout := d.connectTimeout()
 	if d.option("proxycommand") != "" && d.number("connecttimeout", 0) == 0 {
