@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -211,6 +212,9 @@ func TestBounded(t *testing.T) {
 		"plain":     {Bandwidth: 1e9, Queue: 64 << 10},
 		"fair":      {Bandwidth: 1e9, Queue: 64 << 10, Fair: true},
 		"no limits": {},
+		// Slower than the test writes, so that what waits does so in the queue.
+		"slow":      {Bandwidth: 80e3, Queue: 16 << 10},
+		"slow fair": {Bandwidth: 80e3, Queue: 16 << 10, Fair: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, config)
@@ -275,6 +279,18 @@ func TestCut(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatalf("%d bytes are queued during the cut", queued())
 		}
+	}
+	// No more is read than was being read when the cut came.
+	more, during := 0, len("during")
+	for {
+		c.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+		n, err := c.Write(make([]byte, 64<<10))
+		if more += n; err != nil {
+			break
+		}
+	}
+	if n := queued(); n > during+w.link.up.size {
+		t.Errorf("%d bytes are queued during the cut, after a write of %d more", n, more)
 	}
 	w.link.Cut(false)
 	got := make([]byte, len("during"))
@@ -347,5 +363,21 @@ func TestReset(t *testing.T) {
 	refused.SetReadDeadline(time.Now().Add(patience))
 	if n, err := refused.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("%d bytes, %v where nobody listens", n, err)
+	}
+}
+
+// Who is still connected when the link ends sees an error and no end.
+func TestClose(t *testing.T) {
+	w := newWorld(t, Config{RTT: 2 * time.Millisecond})
+	c, s := w.pair()
+	send(t, c, s, "before")
+	if err := w.link.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, end := range map[string]*net.TCPConn{"client": c, "server": s} {
+		end.SetReadDeadline(time.Now().Add(patience))
+		if n, err := end.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: %d bytes, %v; want a reset", name, n, err)
+		}
 	}
 }
