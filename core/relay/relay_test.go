@@ -479,6 +479,25 @@ func TestAClientThatHoldsMuchIsCut(t *testing.T) {
 	}
 }
 
+// Sessions that are not started cost memory, and nothing at the server that would bound them.
+func TestAClientWithTooManySessionsIsCut(t *testing.T) {
+	const enough = 1024
+	w := newWorld(t)
+	c := w.connect(true)
+	for range enough {
+		if take(t, "session", c.open("session", nil)).ch == nil {
+			t.Fatal("a session was refused before there were too many")
+		}
+	}
+	select {
+	case <-c.ran:
+		t.Fatal("cut before there were too many")
+	default:
+	}
+	c.open("session", nil)
+	within(t, "the client is cut", c.ran)
+}
+
 func TestDirectChannels(t *testing.T) {
 	kinds := map[string][]byte{
 		"direct-tcpip": ssh.Marshal(tcpipMsg{"localhost", 80, "127.0.0.1", 1}),
