@@ -161,7 +161,7 @@ type Use struct {
 	Program   string // the first word of a command that is plain words, else ""
 	Subsystem string
 	Addr      string    // forwards and jumps: host:port or a path
-	Name      string    // of kind "other" and "control"
+	Name      string    // of kind "other" and "control"; "connect" of a remote-forward that Offer.Permit asks about
 	UID       int       // of the caller
 	Processes []Process // of the caller: who connected, then its parents
 	// LoggedIn, in a Request: an answer of who asks has logged this connection in, since this process of the plugin was

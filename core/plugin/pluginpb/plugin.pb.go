@@ -1158,7 +1158,7 @@ type Use struct {
 	Program       string                 `protobuf:"bytes,5,opt,name=program,proto3" json:"program,omitempty"` // the first word of a command that is plain words, else ""
 	Subsystem     []byte                 `protobuf:"bytes,6,opt,name=subsystem,proto3" json:"subsystem,omitempty"`
 	Addr          []byte                 `protobuf:"bytes,7,opt,name=addr,proto3" json:"addr,omitempty"`                           // forwards and jumps
-	Name          []byte                 `protobuf:"bytes,8,opt,name=name,proto3" json:"name,omitempty"`                           // kind "other" and "control"
+	Name          []byte                 `protobuf:"bytes,8,opt,name=name,proto3" json:"name,omitempty"`                           // kind "other" and "control"; "connect" of a remote-forward that Permit asks about
 	Uid           int64                  `protobuf:"varint,9,opt,name=uid,proto3" json:"uid,omitempty"`                            // of the caller
 	Processes     []*Process             `protobuf:"bytes,10,rep,name=processes,proto3" json:"processes,omitempty"`                // of the caller: who connected, then its parents
 	LoggedIn      bool                   `protobuf:"varint,11,opt,name=logged_in,json=loggedIn,proto3" json:"logged_in,omitempty"` // in Authorize: an answer of who asks has logged this connection in, since this process of the plugin was started
