@@ -75,7 +75,9 @@ type Master struct {
 	ending     chan struct{}           // closed when Run is to end
 	draining   atomic.Bool
 	restarting atomic.Bool // another master is being started
-	locked     atomic.Bool // what the plugins were told of the lock
+
+	telling sync.Mutex // keeps what the plugins are told of the lock in order; guards locked
+	locked  bool       // what they were told
 
 	accepted   chan struct{} // closed when the last bridge has been taken, or never if none could be
 	lastClient atomic.Uint64
@@ -196,7 +198,7 @@ func (m *Master) run(ctx context.Context) error {
 		Dir: m.sockets, State: m.opts.Dirs.State, Env: pluginhost.Environment(m.opts.Getenv), Backend: backend{m}, Log: m.log,
 		Locked: locked,
 	})
-	m.locked.Store(locked)
+	m.locked = locked // nobody else has it yet
 	m.lock.OnChange(m.lockChanged)
 	m.gate = m.lock.NewGate(m.audit, observer{m.plugins}, m.plugins.Check)
 	m.authority, err = local.NewAuthority(func(ca string) error { return m.knownHosts.add(ca) })

@@ -324,7 +324,10 @@ func (o observer) Ended(id string, u use.Use, r use.Result) {
 // lockChanged is called after each change of the lock.
 func (m *Master) lockChanged() {
 	poke(m.policy.opened)
-	if locked := m.lock.State().Locked; m.locked.Swap(locked) != locked {
+	m.telling.Lock()
+	defer m.telling.Unlock()
+	if locked := m.lock.State().Locked; m.locked != locked {
+		m.locked = locked
 		kind := "unlocked"
 		if locked {
 			kind = "locked"
