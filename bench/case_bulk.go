@@ -15,12 +15,12 @@ import (
 
 // bulk sends one large stream over a shared connection.
 func bulk(ctx context.Context, b *bench) error {
-	return streams(ctx, b, nil, "loopback", int64(b.rounds(512, 128))<<20, b.rounds(7, 3))
+	return streams(ctx, b, nil, "loopback", int64(b.rounds(512, 96))<<20, b.rounds(7, 3))
 }
 
 func bulkLink(ctx context.Context, b *bench) error {
 	c := &link.Config{RTT: 20 * time.Millisecond, Bandwidth: 1e9}
-	return streams(ctx, b, c, "1 Gbit/s, 20ms", int64(b.rounds(256, 64))<<20, b.rounds(5, 2))
+	return streams(ctx, b, c, "1 Gbit/s, 20ms", int64(b.rounds(256, 32))<<20, b.rounds(5, 2))
 }
 
 func streams(ctx context.Context, b *bench, c *link.Config, where string, size int64, rounds int) error {

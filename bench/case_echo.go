@@ -116,7 +116,7 @@ func (w *world) echoes(ctx context.Context, ways []way, loads []load, queue stri
 func (w *world) typeUnder(ctx context.Context, s *session, l load, by way) ([]float64, error) {
 	lasting := 4 * time.Second
 	if w.b.quick {
-		lasting = 2 * time.Second
+		lasting = 1500 * time.Millisecond
 	}
 	if l.cmd == nil {
 		return s.typing(ctx, lasting)
@@ -133,7 +133,7 @@ func (w *world) typeUnder(ctx context.Context, s *session, l load, by way) ([]fl
 	defer p.kill()
 	warm := 2 * time.Second // until every queue on the way is full
 	if w.b.quick {
-		warm = 1500 * time.Millisecond
+		warm = time.Second
 	}
 	select {
 	case <-p.done:

@@ -56,7 +56,7 @@ func standing(ctx context.Context, b *bench) error {
 			defer stop()
 			for _, d := range []string{"down", "up"} {
 				speed := b.add(fmt.Sprintf("a %s forward %s, against ssh %s", c.kind, d, c.option), "MiB/s", nil)
-				err := b.turns(b.rounds(7, 3), []way{plain, pipes}, func(_ int, by way) error {
+				err := b.turns(b.rounds(7, 2), []way{plain, pipes}, func(_ int, by way) error {
 					at := address
 					if by == pipes {
 						at = listen[c.kind]

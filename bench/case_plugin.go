@@ -226,7 +226,7 @@ func dialled(ctx context.Context, b *bench) error {
 		size := int64(b.rounds(512, 128)) << 20
 		for _, d := range []string{"down", "up"} {
 			m := b.add("a plugin's stream "+d+", against ssh -L", "MiB/s", nil)
-			err := b.turns(b.rounds(7, 3), []way{plain, pipes}, func(_ int, by way) error {
+			err := b.turns(b.rounds(7, 2), []way{plain, pipes}, func(_ int, by way) error {
 				var seconds float64
 				if by == plain {
 					c, err := net.Dial("tcp", address)

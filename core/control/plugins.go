@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/muxproxy/muxproxy/core/control/controlpb"
+	"github.com/muxproxy/muxproxy/core/peercreds"
 	"github.com/muxproxy/muxproxy/core/use"
 )
 
@@ -79,7 +80,7 @@ func (s *pluginServer) Pending(context.Context, *controlpb.PendingRequest) (*con
 }
 
 func (s *pluginServer) Decide(ctx context.Context, r *controlpb.DecideRequest) (*controlpb.DecideResponse, error) {
-	if err := s.backend.Decide(ctx, callerOf(ctx), r.GetId(), r.GetAllow(), r.GetReason()); err != nil {
+	if err := s.backend.Decide(ctx, peercreds.CallerOf(ctx), r.GetId(), r.GetAllow(), r.GetReason()); err != nil {
 		return nil, errorToStatus(err)
 	}
 	return &controlpb.DecideResponse{}, nil
@@ -93,7 +94,7 @@ func (s *pluginServer) Run(r *controlpb.RunRequest, stream grpc.ServerStreamingS
 		return stream.Send(r)
 	}
 	ctx := stream.Context()
-	code, err := s.backend.RunPlugin(ctx, callerOf(ctx), r.GetPlugin(), r.GetArgs(),
+	code, err := s.backend.RunPlugin(ctx, peercreds.CallerOf(ctx), r.GetPlugin(), r.GetArgs(),
 		sender(func(b []byte) error {
 			return send(&controlpb.RunResponse{Output: &controlpb.RunResponse_Stdout{Stdout: b}})
 		}),

@@ -86,7 +86,7 @@ func (s *server) Exists(_ context.Context, r *controlpb.ExistsRequest) (*control
 }
 
 func (s *server) Close(ctx context.Context, r *controlpb.CloseRequest) (*controlpb.CloseResponse, error) {
-	n, err := s.backend.Close(ctx, callerOf(ctx), r.GetTarget())
+	n, err := s.backend.Close(ctx, peercreds.CallerOf(ctx), r.GetTarget())
 	if err != nil {
 		return nil, errorToStatus(err)
 	}
@@ -94,7 +94,7 @@ func (s *server) Close(ctx context.Context, r *controlpb.CloseRequest) (*control
 }
 
 func (s *server) Drain(ctx context.Context, r *controlpb.DrainRequest) (*controlpb.DrainResponse, error) {
-	n, err := s.backend.Drain(ctx, callerOf(ctx), r.GetTarget())
+	n, err := s.backend.Drain(ctx, peercreds.CallerOf(ctx), r.GetTarget())
 	if err != nil {
 		return nil, errorToStatus(err)
 	}
@@ -102,14 +102,14 @@ func (s *server) Drain(ctx context.Context, r *controlpb.DrainRequest) (*control
 }
 
 func (s *server) Stop(ctx context.Context, r *controlpb.StopRequest) (*controlpb.StopResponse, error) {
-	if err := s.backend.Stop(ctx, callerOf(ctx), r.GetDrain()); err != nil {
+	if err := s.backend.Stop(ctx, peercreds.CallerOf(ctx), r.GetDrain()); err != nil {
 		return nil, errorToStatus(err)
 	}
 	return &controlpb.StopResponse{}, nil
 }
 
 func (s *server) Restart(ctx context.Context, _ *controlpb.RestartRequest) (*controlpb.RestartResponse, error) {
-	pid, err := s.backend.Restart(ctx, callerOf(ctx))
+	pid, err := s.backend.Restart(ctx, peercreds.CallerOf(ctx))
 	if err != nil {
 		return nil, errorToStatus(err)
 	}
@@ -117,7 +117,7 @@ func (s *server) Restart(ctx context.Context, _ *controlpb.RestartRequest) (*con
 }
 
 func (s *server) Reload(ctx context.Context, r *controlpb.ReloadRequest) (*controlpb.ReloadResponse, error) {
-	got, err := s.backend.Reload(ctx, callerOf(ctx), r.GetColor())
+	got, err := s.backend.Reload(ctx, peercreds.CallerOf(ctx), r.GetColor())
 	if err != nil {
 		return nil, errorToStatus(err)
 	}
@@ -128,7 +128,7 @@ func (s *server) Reload(ctx context.Context, r *controlpb.ReloadRequest) (*contr
 
 func (s *server) Lock(ctx context.Context, r *controlpb.LockRequest) (*controlpb.LockResponse, error) {
 	defer clear(r.Passphrase)
-	if err := s.backend.Lock(ctx, callerOf(ctx), r.GetPassphrase()); err != nil {
+	if err := s.backend.Lock(ctx, peercreds.CallerOf(ctx), r.GetPassphrase()); err != nil {
 		return nil, errorToStatus(err)
 	}
 	return &controlpb.LockResponse{}, nil
@@ -136,7 +136,7 @@ func (s *server) Lock(ctx context.Context, r *controlpb.LockRequest) (*controlpb
 
 func (s *server) Unlock(ctx context.Context, r *controlpb.UnlockRequest) (*controlpb.UnlockResponse, error) {
 	defer clear(r.Passphrase)
-	state, err := s.backend.Unlock(ctx, callerOf(ctx), r.GetPassphrase())
+	state, err := s.backend.Unlock(ctx, peercreds.CallerOf(ctx), r.GetPassphrase())
 	if errors.Is(err, use.ErrPassphrase) {
 		return &controlpb.UnlockResponse{Lock: lockToPB(state), Wrong: true}, nil
 	}
@@ -196,13 +196,4 @@ func statusToError(err error) error {
 		return errors.New("the master is of an older version and does not know this command; run `muxproxy master restart`")
 	}
 	return errors.New(st.Message())
-}
-
-// callerOf returns who makes a call. Without a handshake of ours there is no call, so a missing one is a bug.
-func callerOf(ctx context.Context) use.Caller {
-	caller, ok := peercreds.CallerOf(ctx)
-	if !ok {
-		panic("control: a call without a handshake")
-	}
-	return caller
 }

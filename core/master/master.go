@@ -351,8 +351,8 @@ func (m *Master) listenAgain(name string) (*paths.Listener, error) {
 	}
 	// Who removes the sockets' folder may have removed known_hosts with it, without which ssh turns this master's key down.
 	_, cas := m.authority.Made()
-	if err := m.knownHosts.add(cas...); err != nil {
-		return nil, err
+	if err := m.knownHosts.add(cas...); err != nil { // the commands need their socket all the same
+		m.log.Error().Err(err).Msg("the host key can't be written: ssh will not take it")
 	}
 	l, err := paths.Listen(dirs.Runtime, name)
 	if err != nil {

@@ -18,14 +18,14 @@ import (
 // encrypt. Connections have to be *net.UnixConn; a peer of another user than this one or root is turned away.
 func New() credentials.TransportCredentials { return creds{} }
 
-// CallerOf returns who makes a call to a server with these credentials; false: it has others.
-func CallerOf(ctx context.Context) (use.Caller, bool) {
+// CallerOf returns who makes a call to a server with these credentials. It panics in any other server: nobody there can be
+// told from root.
+func CallerOf(ctx context.Context) use.Caller {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return use.Caller{}, false
+		panic("peercreds: no call of a server")
 	}
-	i, ok := p.AuthInfo.(info)
-	return i.caller, ok
+	return p.AuthInfo.(info).caller
 }
 
 type creds struct{}

@@ -64,8 +64,7 @@ func (h *hostService) connection(c plugin.Capability, id uint64) error {
 }
 
 func (h *hostService) actor(ctx context.Context) Actor {
-	caller, _ := peercreds.CallerOf(ctx) // no call comes without
-	return Actor{Plugin: h.p.spec.Name, Caller: caller}
+	return Actor{Plugin: h.p.spec.Name, Caller: peercreds.CallerOf(ctx)}
 }
 
 // failed makes a status of the master's errors. Denials say that they are.
