@@ -31,7 +31,7 @@ help:
 	@echo 'make lint         gofmt, go vet (linux, darwin, windows), staticcheck, govulncheck'
 	@echo 'make proto        generate the code of the .proto files (needs protoc)'
 	@echo 'make proto-check  fail if that would change anything'
-	@echo 'make clean        remove bin'
+	@echo 'make clean        remove bin and dist'
 
 build:
 	CGO_ENABLED=0 go build $(vcs) -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/muxproxy ./cmd/muxproxyd

@@ -217,6 +217,9 @@ func runMasterRestart(ctx context.Context, a *app) error {
 		now, err = m.Status(ctx)
 		return err
 	})
+	if none, ok := errors.AsType[*statusError](err); ok { // that no master runs is a failure here, and no answer
+		err = none.err
+	}
 	if err != nil {
 		return fmt.Errorf("the new master, pid %d, did not take over: %w; see `muxproxy log`", pid, err)
 	}
