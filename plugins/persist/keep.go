@@ -104,10 +104,11 @@ func (p *persist) Retain(_ context.Context, i *plugin.Idle) time.Time {
 	again := k.since.Equal(i.Since) && k.until.Equal(until)
 	k.since, k.until = i.Since, until
 	kept := until.After(now)
-	if kept {
-		k.why = ""
-	} else {
+	switch {
+	case !kept:
 		k.why = why
+	case !k.ended: // else it is being closed, and that stays the reason
+		k.why = ""
 	}
 	p.mu.Unlock()
 	if kept && !again {

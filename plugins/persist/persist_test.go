@@ -772,3 +772,22 @@ func TestDrainFails(t *testing.T) {
 		})
 	}
 }
+
+// What keeps a connection without clients for now does not undo that it is being closed.
+func TestAFailedDrainKeepsItsReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, map[string]*block{"a": with(func(b *block) { b.OnLock, b.Reconnect = "close", true })})
+		c := f.come("a")
+		f.mu.Lock()
+		f.fails = []error{errors.New("busy")}
+		f.mu.Unlock()
+		f.event("locked")
+		f.drains() // it is tried again in a second
+		f.event("unlocked")
+		synctest.Wait()
+		f.retain(c.ID, time.Now())
+		f.recorded("keep u@a:22 connection 1")
+		f.end(c.ID, "closed", "", 0)
+		f.recorded("close u@a:22 connection 1: muxproxy was locked")
+	})
+}
