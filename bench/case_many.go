@@ -203,11 +203,12 @@ func (b *bench) bridges(sessions []*session) error {
 
 // growth compares what one more client costs beside few and beside many, in turns: each has a master of its own. The time is
 // also that of sshd, which takes longer for a session where it has many on one connection, as is seen without a master. So
-// the goal is about the master's processor time.
+// the goals are about the time beyond that, and the master's processor time.
 func growth(ctx context.Context, b *bench) error {
 	const (
 		with      = "a client more: attach and run true"
 		without   = "a session more on one connection, without a master: run true"
+		beyond    = "a client more: the time beyond that"
 		processor = "a client more: the master's processor time"
 		inUse     = "a client more: the memory that the master has in use"
 	)
@@ -224,7 +225,7 @@ func growth(ctx context.Context, b *bench) error {
 					return err
 				}
 			}
-			rows := map[string]map[int][]float64{with: {}, without: {}, processor: {}, inUse: {}}
+			rows := map[string]map[int][]float64{with: {}, without: {}, beyond: {}, processor: {}, inUse: {}}
 			put := func(row string, c *crowd, v float64) { rows[row][c.n] = append(rows[row][c.n], v) }
 			for r := range rounds {
 				b.say.step("%s: round %d of %d", b.current, r+1, rounds)
@@ -246,6 +247,7 @@ func growth(ctx context.Context, b *bench) error {
 				for _, c := range crowds {
 					put(with, c, median(took[with][c.n]))
 					put(without, c, median(took[without][c.n]))
+					put(beyond, c, median(took[with][c.n])-median(took[without][c.n]))
 					put(processor, c, (onProcessor(c.w.master)-before[c.n]).Seconds()*1000/each)
 					size, err := c.more(ctx, step)
 					if err != nil {
@@ -257,7 +259,7 @@ func growth(ctx context.Context, b *bench) error {
 			for _, row := range []struct {
 				what, unit string
 				bound      bool
-			}{{with, "ms", false}, {without, "ms", false}, {processor, "ms", true}, {inUse, "KiB", true}} {
+			}{{with, "ms", false}, {without, "ms", false}, {beyond, "ms", true}, {processor, "ms", true}, {inUse, "KiB", true}} {
 				var of *goal
 				for _, c := range crowds {
 					m := b.add(fmt.Sprintf("%s, of %d", row.what, c.n), row.unit, of)
