@@ -230,10 +230,11 @@ func (u *upstream) serveChannels() {
 }
 
 const (
-	// maxPendingOpens bounds the channels of a server that wait until their owner is known.
-	maxPendingOpens = 256
+	// maxPendingOpens bounds the channels of a server that wait until their owner is known: more than come at once where
+	// many connect to a remote forward.
+	maxPendingOpens = 1024
 	// maxPendingPerListener bounds those that wait for one owner's answer.
-	maxPendingPerListener = 64
+	maxPendingPerListener = 1024
 )
 
 // release is called when the last client has left: it asks how long the upstream stays, and closes it when that is

@@ -712,6 +712,33 @@ func TestAForwardedOpenBeforeTheReplyWaits(t *testing.T) {
 	}
 }
 
+// Many may connect to a remote forward at once, before its owner has answered the first.
+func TestManyForwardedOpensWait(t *testing.T) {
+	const many = 600
+	w := newWorld(t)
+	c := w.connect(true)
+	w.forward(c, "tcpip-forward", forwardMsg{"localhost", 4711}, nil)
+	refusals := make(chan error, many)
+	for range many {
+		go func() {
+			_, _, err := w.server.OpenChannel("forwarded-tcpip", ssh.Marshal(tcpipMsg{"localhost", 4711, "10.0.0.1", 5}))
+			refusals <- err
+		}()
+	}
+	var waiting []ssh.NewChannel
+	for range many {
+		waiting = append(waiting, take(t, "at the owner", c.channels))
+	}
+	for _, nc := range waiting {
+		nc.Reject(ssh.ConnectionFailed, "seen")
+	}
+	for range many {
+		if err := take(t, "answer", refusals); err == nil || !strings.Contains(err.Error(), "seen") {
+			t.Errorf("refused by %v", err)
+		}
+	}
+}
+
 // A forward that is granted after its owner has died is cancelled, with the port that the server chose.
 func TestAForwardGrantedTooLateIsCancelled(t *testing.T) {
 	w := newWorld(t)
